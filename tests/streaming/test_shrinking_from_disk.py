@@ -52,8 +52,7 @@ def test_equals_the_model_that_was_shrunk_in_memory(name, allocation, tmp_path):
     )
     assert not any(loaded.values())
     assert same(small.state_dict(), model.state_dict())
-    with torch.no_grad():
-        assert_close(small(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+    assert_close(small(IDS).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:The model .* has no place")

@@ -73,8 +73,7 @@ def starved():
     model = model_of("mixtral")
     gate = model.model.layers[0].mlp.gate
     gate.register_forward_pre_hook(lambda _, args: (args[0].abs(),))
-    with torch.no_grad():
-        gate.weight[2] = -10
+    gate.weight.data[2] = -10
     return model
 
 

@@ -9,14 +9,13 @@ from support.quiet import prune
 from support.recoveries import assert_close_states, blocks, pruned_with_and_without, some_batches
 from support.refusals import refusal
 from support.samples import samples_of
-from support.zoo import ZOO, batches_of, model_of
+from support.zoo import ZOO, batches_of, cast, model_of
 from torch import nn
 from torch.testing import assert_close
 
 from wanda_lightning import PruningReport, Reconstruct
 from wanda_lightning.calibration.batches import batch_size, take
 from wanda_lightning.calibration.lockstep import lockstep
-from wanda_lightning.calibration.trees import map_tensors
 from wanda_lightning.models import find_layers
 from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.training import reconstruct
@@ -152,7 +151,7 @@ def test_a_step_has_few_samples_of_a_batch(monkeypatch, name):
     choices = {"recovery": Reconstruct(epochs=2), "sequential": "block", "keep_batch_norm": True}
     together = model_of(name).double()
     alone = model_of(name).double()
-    batches = map_tensors(lambda x: x.double() if x.is_floating_point() else x, batches_of(name))
+    batches = cast(batches_of(name))
     samples = [take(batch, n, n + 1) for batch in batches for n in range(batch_size(batch))]
     assert len(samples) > len(batches)
     first = prune(together, batches, **choices)

@@ -239,8 +239,7 @@ def test_timm_adapts_a_folder_as_that_of_the_dense_model(dense_and_shrunk, name,
     )
     size = arguments.get("img_size", 32)
     images = torch.randn(2, arguments.get("in_chans", 3), size, size)
-    with torch.no_grad():
-        assert_close(smaller(images), dense(images))
+    assert_close(smaller(images), dense(images))
     assert number_of_weights(smaller) < number_of_weights(dense)
     described = {"architecture": "shrunk_model", "file": str(dense_and_shrunk(name)[1])}
     assert smaller.pretrained_cfg == {**dense.pretrained_cfg, **described}

@@ -121,8 +121,7 @@ def with_zeros(make=small, units=slice(0, 6), **choices):
 
 def revived():
     model = with_zeros(Gated, writers=("gate", "up"))
-    with torch.no_grad():
-        model[0].gate.weight[:2] = 0.1  # as training might
+    model[0].gate.weight.data[:2] = 0.1  # as training might
     return model
 
 
@@ -135,9 +134,8 @@ def shared():
 def without_blocks():
     torch.manual_seed(0)
     model = relu_mlp(8, 16, 16, 3)
-    with torch.no_grad():
-        model[0].weight[:4] = model[2].weight[:, :4] = 0
-        model[2].weight[9:] = model[4].weight[:, 9:] = 0
+    model[0].weight.data[:4] = model[2].weight.data[:, :4] = 0
+    model[2].weight.data[9:] = model[4].weight.data[:, 9:] = 0
     return model
 
 
