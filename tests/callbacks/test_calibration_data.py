@@ -1,7 +1,7 @@
 """Calibration batches: which loader, which samples, and how they run through the module."""
 
-import copy
 from contextlib import nullcontext
+from copy import deepcopy
 from functools import partial
 
 import lightning as L
@@ -439,7 +439,7 @@ class CopyBefore(L.Callback):
 
     def on_validation_start(self, trainer, pl_module):
         with torch.inference_mode(False):
-            self.copy = copy.deepcopy(pl_module.pruning_target)
+            self.copy = deepcopy(pl_module.pruning_target)
 
 
 @pytest.mark.parametrize(("name", "loop"), [("convnext_conv_mlp", "validate"), ("resnet18", "fit")])

@@ -40,6 +40,7 @@ from support.callbacks import (
 from support.held_zeros import OPTIMIZERS, LooksAtZeros, Witness
 from support.layers import assert_same, rng
 from support.quiet import prune
+from support.zoo import number_of_weights
 
 from wanda_lightning import CubicSchedule, KeepZeros, LinearSchedule, PruningCallback, WandaPrune
 from wanda_lightning.callbacks.schedules import PruningState
@@ -469,7 +470,7 @@ class TestMetrics:
 
     def test_they_are_the_sparsities_of_the_model_and_of_each_layer(self, logged):
         found = sparsities(logged.stages[-1])
-        size = sum(p.numel() for p in logged.module.parameters())
+        size = number_of_weights(logged.module)
         assert found == pytest.approx(
             {
                 "sparsity/model": (64 * 32 / 2 + 16 * 64 / 2) / size,

@@ -1,6 +1,5 @@
 """`wanda-lightning evaluate`, and tasks after `prune`: numbers against loops by hand, and what is refused."""
 
-import json
 import os
 import shutil
 import weakref
@@ -14,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from support.cli import IGNORED_WARNINGS, SEQLEN, perplexity_by_hand, run, save_noise
 from support.data import byte_tokenizer
+from support.reports import read_json
 from support.tasks import DOCUMENTS, accuracies_by_hand, tiny_llama, tiny_tokenizer, write_tasks
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
@@ -70,7 +70,7 @@ def test_models_side_by_side(stored, side_by_side, tmp_path, capsys):
     more = "--tasks arc_easy,boolq --tasks_dir mine --batch_size 3 --save out/results.json"
     assert run(*side_by_side, *models, *more.split()) == 0
 
-    written = json.loads(Path("out/results.json").read_text())
+    written = read_json("out/results.json")
     assert list(written["models"]) == [dense, pruned, "copy"]
     assert written["dense"] == dense
     assert written["config"]["limit"] == 5
@@ -148,7 +148,7 @@ def test_image_classifiers_side_by_side(stored, capsys):
     )
     assert run("evaluate", *options.split(), "--batch_size", 5, "--save", "results.json") == 0
     assert "top-5" in capsys.readouterr().out
-    found = json.loads(Path("results.json").read_text())["models"]
+    found = read_json("results.json")["models"]
     assert list(found) == [name, f"{name} weights.safetensors"]
     for results, model in zip(found.values(), models, strict=True):
         assert results[f"{stored}/images"] == accuracies_of_images(model, stored / "images")
@@ -191,14 +191,14 @@ def prune_and_ask(stored):
 def test_all_is_saved_before_the_tasks(prune_and_ask, monkeypatch):
     monkeypatch.setattr("wanda_lightning.cli.prune_command.zero_shot", lambda *_: os.stat("gone"))
     assert run(*prune_and_ask) == 2
-    assert json.loads(Path("log/pruning_report.json").read_text())["run"]["after"] > 1
+    assert read_json("log/pruning_report.json")["run"]["after"] > 1
     assert sparsity_of(AutoModelForCausalLM.from_pretrained("model"))["layers"] == 0.5
 
 
 def test_zero_shot_after_pruning(prune_and_ask, capsys):
     assert run(*prune_and_ask) == 0
     out = capsys.readouterr().out
-    measured = json.loads(Path("log/pruning_report.json").read_text())["run"]["zero_shot"]
+    measured = read_json("log/pruning_report.json")["run"]["zero_shot"]
     assert list(measured) == [*PAPER_TASKS, "mean"]
     pruned = AutoModelForCausalLM.from_pretrained("model")
     assert sparsity_of(pruned)["layers"] == 0.5

@@ -1,8 +1,8 @@
 """What every criterion, pattern, solver and allocation promises; a new entry of a table is tested when it is added."""
 
-import copy
 import dataclasses
 import sys
+from copy import deepcopy
 
 import jaxtyping
 import pytest
@@ -155,7 +155,7 @@ def test_prunes_exactly(case):
 
 @EVERY_CASE
 def test_pruning_changes_no_argument(case):
-    before = copy.deepcopy(case)
+    before = deepcopy(case)
     pruned, _ = case.solve()
     assert torch.equal(case.weight, before.weight)
     assert pruned.data_ptr() != case.weight.data_ptr()

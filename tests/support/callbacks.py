@@ -1,7 +1,7 @@
 """A small module and its training, shared by the tests of the callbacks."""
 
-import copy
 import signal
+from copy import deepcopy
 from functools import cache, partial
 
 import lightning as L
@@ -166,7 +166,7 @@ class Notes(L.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step not in self.at:  # accumulating
-            self.at[trainer.global_step] = copy.deepcopy(pl_module.state_dict())
+            self.at[trainer.global_step] = deepcopy(pl_module.state_dict())
 
 
 class Manual(Net):

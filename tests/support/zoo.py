@@ -9,10 +9,10 @@ the parameter's own (`cls_token`), followed by the index of the expert where one
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache, partial
@@ -348,7 +348,7 @@ def _of_transformers(kind, name, model_class, configure):
     def make():
         config = configure()
         with torch.device("meta"):
-            size = number_of_weights(model_class._from_config(copy.deepcopy(config)))
+            size = number_of_weights(model_class._from_config(deepcopy(config)))
         if size > 10_000_000:
             raise CannotBuild(f"its smallest configuration has {size:,} parameters")
         return without_cache(model_class._from_config(config))

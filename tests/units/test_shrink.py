@@ -14,7 +14,7 @@ from support.layers import rng
 from support.mlps import MIXING, Mlp, relu_mlp
 from support.quiet import prune
 from support.tiny import tiny
-from support.zoo import batches_of, model_of
+from support.zoo import batches_of, model_of, number_of_weights
 from torch import nn
 from torch.testing import assert_close
 
@@ -63,7 +63,7 @@ def test_an_image_model_computes_the_same_with_fewer_parameters(name):
     assert (bool(report.layers), report.unproven) == (True, 0)
     # Since only whole units were zero.
     assert sum(module.weight.numel() for module in matrices) <= nonzero
-    assert report.parameters[1] == sum(parameter.numel() for parameter in model.parameters())
+    assert report.parameters[1] == number_of_weights(model)
 
 
 def test_units_are_still_out_after_training_with_zeros_kept():
