@@ -496,7 +496,3 @@ def assert_same_report(report, expected):
             assert layer.error == pytest.approx(other.error, rel=1e-3), layer.name
     rest = attrgetter("skipped", "parameters", "zeros", "config", "notes")
     assert rest(report) == rest(expected)
-
-
-def assert_equal_everywhere(first, second):
-    assert all(torch.equal(first[name], second[name]) for name in first)
