@@ -172,7 +172,6 @@ def test_typed_choices_are_the_arguments():
         lambda **choices: wl.WandaPrune(0.5, **choices),
         lambda **choices: wl.prune_from_disk("model", "out", [], **choices),
     ],
-    ids=["prune", "WandaPrune", "prune_from_disk"],
 )
 def test_an_unknown_choice_is_named(start):
     message = r"^patern is no choice of pruning\. Did you mean pattern\?$"

@@ -200,7 +200,6 @@ class WrongAllocation(Allocation):
             r"allocation=Wrong.* must return a sparsity for each layer, .* for 2",
         ),
     ],
-    ids=str,
 )
 def test_a_mistake_is_refused_in_a_sentence_that_names_the_choice(model, batch, choice, message):
     with pytest.raises(ValueError, match=message):

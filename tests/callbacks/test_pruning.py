@@ -152,9 +152,7 @@ class TestTraining:
         fit_module(module, WandaPrune(num_samples=12, at_step=4), max_epochs=2)
         assert share_of_zeros(module) == {**all_at(0.5), "layers.5.weight": 0.5}
 
-    @pytest.mark.parametrize(
-        "callback", [WandaPrune(num_samples=12), KeepZeros()], ids=["prune", "keep"]
-    )
+    @pytest.mark.parametrize("callback", [WandaPrune(num_samples=12), KeepZeros()])
     def test_hooks_are_gone_after_an_error_in_training(self, callback):
         class Broken(Net):
             def training_step(self, batch, batch_idx):

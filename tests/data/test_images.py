@@ -9,7 +9,7 @@ import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from support.callbacks import SaveAt, trainer
+from support.callbacks import SaveAt, trainer, validate_module
 from support.cli import save_noise
 from support.data import images_of, opened, paint, vit
 from support.layers import rng
@@ -121,7 +121,7 @@ def test_transforms_come_from_the_model_of_the_trainer(monkeypatch):
     for channels in (1, 3):
         module = ImageClassifierModule(vit(in_chans=channels), num_classes=10)
         module.model.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
-        trainer().validate(module, data, verbose=False)
+        validate_module(module, data=data)
     assert shapes == [(images, channels, 16, 16) for channels in (1, 3) for images in (50, 10)]
 
 

@@ -6,7 +6,7 @@ from pydoc_data.topics import topics
 import datasets
 import pytest
 import torch
-from support.callbacks import SaveAt, trainer
+from support.callbacks import SaveAt, trainer, validate_module
 from support.data import (
     byte_tokenizer,
     documents,
@@ -208,9 +208,9 @@ def test_tokens_without_an_embedding_are_refused_before_any_batch(tokenizer):
     data = TextDataModule(tokenizer, seqlen=32, num_samples=2, limit=2)
     message = r"^input_ids must be from 0 to 96, since the model has 97 embeddings, but one is \d+"
     with pytest.raises(ValueError, match=message):
-        trainer().validate(module, data, verbose=False)
+        validate_module(module, data=data)
     data._cut["python-docs"] = torch.zeros(2, 32, dtype=torch.long)
-    trainer().validate(module, data, verbose=False)
+    validate_module(module, data=data)
     with pytest.raises(ValueError, match=message):
         data.calibration_dataloader()
 
@@ -223,10 +223,10 @@ def test_another_tokenizer_than_the_models_own_is_refused(tokenizer, monkeypatch
     reverse = byte_tokenizer(reverse=True)
     module = language_model(257, reverse)
     for given in (None, reverse, byte_tokenizer(reverse=True)):
-        trainer().validate(module, TextDataModule(given, seqlen=32, limit=2), verbose=False)
+        validate_module(module, data=TextDataModule(given, seqlen=32, limit=2))
     message = "^tokenizer must be the tokenizer of the model, but .* splits the text diff"
     with pytest.raises(ValueError, match=message):
-        trainer().validate(module, TextDataModule(tokenizer, seqlen=32, limit=2), verbose=False)
+        validate_module(module, data=TextDataModule(tokenizer, seqlen=32, limit=2))
 
 
 class Reading(CausalLMModule):

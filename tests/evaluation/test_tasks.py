@@ -74,9 +74,7 @@ UNFIT = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"), UNFIT, ids=[f"{n} {m[:30]}" for n, _, m in UNFIT]
-)
+@pytest.mark.parametrize(("name", "content", "message"), UNFIT)
 def test_documents_that_do_not_fit(tmp_path, name, content, message):
     (tmp_path / f"{name}.jsonl").write_text(content)
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.connectors import callback_connector
 from support import forks
 from support.layers import rng
 from support.quiet import prune
-from support.zoo import model_of
+from support.zoo import model_of, run
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.optimizer import _global_optimizer_post_hooks
@@ -61,6 +61,29 @@ class Net(L.LightningModule):
     def configure_optimizers(self):
         self.used_optimizer = self.optimizer(self.parameters())
         return self.used_optimizer
+
+
+class OfZoo(L.LightningModule):
+    """A model of the zoo, on its own batches."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.pruning_target = model_of(name).train()
+
+    def forward(self, *args, **kwargs):
+        return self.pruning_target(*args, **kwargs)
+
+    def training_step(self, batch, batch_idx):
+        return run(self.pruning_target, batch).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        run(self.pruning_target, batch)
+
+    def test_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 def samples(count=12, seed=0, shift=0.0):

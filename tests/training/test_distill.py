@@ -87,7 +87,6 @@ def adamw_by_hand(model, dense, pruned, batches, config, loss_of=divergence):
 @pytest.mark.parametrize(
     ("count", "passes", "batch_size"),
     [(1, 1, 1), (5, 2, 1), (7, 3, 2)],
-    ids=["one", "several", "larger_steps"],
 )
 def test_it_is_adamw_on_the_divergence(count, passes, batch_size):
     dense = classifier()
@@ -428,7 +427,6 @@ def test_the_bias_of_the_head_and_so_the_dense_predictions_stay(wrapped):
         ),
         (lambda model: model.register_forward_hook(lambda m, a, out: "text"), "gave a str"),
     ],
-    ids=["frozen", "nan", "detached", "vector", "text"],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_is_written(break_, message):
     model = classifier()
@@ -489,7 +487,6 @@ def of_inference_mode():
         (classifier, of_inference_mode(), 2),
         (classifier, [some_batches(1)[0], some_batches(1)[0][:0], *some_batches(3)], 4),
     ],
-    ids=["lengths", "padding", "inference mode", "empty"],
 )
 def test_odd_batches(make, batches, trained):
     model = make()

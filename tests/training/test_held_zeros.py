@@ -131,12 +131,11 @@ BITS = torch.ones(3, dtype=torch.uint8)  # too few for 32 * 8 weights
     "state",
     [
         {"layers": ["0"], "unheld_zeros": {}, "shapes": {"0": [16, 8]}},
-        {"layers": ["layers.0"], "unheld_zeros": {}},
+        {"layers": ["layers.0"], "unheld_zeros": {}},  # of a wrapped model
         {"layers": ["0"], "unheld_zeros": {"0": BITS}},
-        {"layers": ["0"], "unheld_zeros": {"0": torch.tensor([256])}},
+        {"layers": ["0"], "unheld_zeros": {"0": torch.tensor([256])}},  # an index
         {"layers": ["0"], "unheld_zeros": {"0": 3}},
     ],
-    ids=["widths", "wrapping", "bits", "index", "number"],
 )
 def test_a_state_of_another_model_is_refused(state):
     with pytest.raises(
