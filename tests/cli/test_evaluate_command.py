@@ -26,7 +26,7 @@ pytestmark = IGNORED_WARNINGS
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """Language models dense and with zeros, a text, tasks; image classifiers and images. No command may change them."""
+    """Language models dense and with zeros, tasks; image classifiers and images. No command may change them."""
     folder = tmp_path_factory.mktemp("inputs")
     for name in ("dense", "pruned"):
         model = tiny_llama(0)
@@ -36,11 +36,6 @@ def stored(tmp_path_factory):
         tiny_tokenizer().save_pretrained(folder / name)
     write_tasks(folder / "tasks")
 
-    rng = np.random.default_rng()
-    for name in ("text.txt", "other.txt"):
-        words = ["".join(map(chr, rng.integers(97, 123, 5))) for _ in range(500)]
-        (folder / name).write_text(" ".join(words))
-
     with torch.random.fork_rng(devices=[]):
         for seed in (1, 2):
             torch.default_generator.manual_seed(seed)
@@ -48,24 +43,24 @@ def stored(tmp_path_factory):
             nn.init.normal_(module.model.get_classifier().weight)
             module.save_pretrained(folder / f"vit{seed}")
     for label in range(8):
-        save_noise(folder / "images" / str(label), 3, rng)
+        save_noise(folder / "images" / str(label), 3, np.random.default_rng())
     return folder
 
 
 @pytest.fixture
-def side_by_side(stored):
+def side_by_side(stored, inputs):
     """The options of a fast run on two language models."""
     return f"""
-    evaluate --model {stored}/pruned --dense {stored}/dense --evaluation {stored}/text.txt --limit 5 --seqlen {SEQLEN}
+    evaluate --model {stored}/pruned --dense {stored}/dense --evaluation {inputs}/long.txt --limit 5 --seqlen {SEQLEN}
     """.split()
 
 
-def test_models_side_by_side(stored, side_by_side, tmp_path, capsys):
+def test_models_side_by_side(stored, inputs, side_by_side, tmp_path, capsys):
     shutil.copytree(stored / "dense", tmp_path / "copy")
     write_tasks(tmp_path / "mine")
     dense = f"{stored}/dense"
     pruned = f"{stored}/pruned"
-    texts = [str(stored / "text.txt"), str(stored / "other.txt")]
+    texts = [str(inputs / "long.txt"), str(inputs / "other.txt")]
     models = ["--model", f"{pruned},copy", "--evaluation", ",".join(texts)]
     more = "--tasks arc_easy,boolq --tasks_dir mine --batch_size 3 --save out/results.json"
     assert run(*side_by_side, *models, *more.split()) == 0
@@ -180,10 +175,10 @@ def test_refused_before_anything_is_measured(stored, side_by_side, refused, monk
 
 
 @pytest.fixture
-def prune_and_ask(stored):
+def prune_and_ask(stored, inputs):
     """The options of a fast pruning, after which the paper's tasks are measured."""
     return f"""
-    prune --model {stored}/dense --calibration {stored}/text.txt --evaluation {stored}/text.txt --num_samples 4
+    prune --model {stored}/dense --calibration {inputs}/long.txt --evaluation {inputs}/long.txt --num_samples 4
     --seqlen {SEQLEN} --limit 2 --eval_zero_shot --tasks_dir {stored}/tasks --save log --save_model model
     """.split()
 

@@ -6,7 +6,7 @@ from pydoc_data.topics import topics
 import datasets
 import pytest
 import torch
-from support.callbacks import SaveAt, trainer, validate_module
+from support.callbacks import SaveAt, batches_of_each_step, validate_module
 from support.data import (
     byte_tokenizer,
     documents,
@@ -229,29 +229,16 @@ def test_another_tokenizer_than_the_models_own_is_refused(tokenizer, monkeypatch
         validate_module(module, data=TextDataModule(tokenizer, seqlen=32, limit=2))
 
 
-class Reading(CausalLMModule):
-    """Records the batches of each step."""
-
-    def __init__(self, **options):
-        super().__init__(tiny_llama(vocab_size=300), **options)
-        self.seen = []
-
-    def training_step(self, batch, batch_idx):
-        self.seen.append(batch["input_ids"].tolist())
-        return super().training_step(batch, batch_idx)
-
-
 @pytest.mark.parametrize("lr_decay", [False, True])
 @pytest.mark.parametrize("limit", [1.0, 0.5, pytest.param(2, marks=pytest.mark.nightly)])
 def test_a_run_that_is_resumed_at_any_step_reads_the_batches_of_an_uninterrupted_one(
     tmp_path, limit, lr_decay
 ):
     def fit(*callbacks, **options):
-        module = Reading(lr_decay=lr_decay)
+        module = CausalLMModule(tiny_llama(vocab_size=300), lr_decay=lr_decay)
         data = TextDataModule(byte_tokenizer(), seqlen=32, num_samples=16, limit=1)
-        lengths = {"max_epochs": 2, "limit_train_batches": limit, "limit_val_batches": 0}
-        trainer(*callbacks, **lengths).fit(module, data, **options)
-        return module.seen
+        options["limit_train_batches"] = limit
+        return batches_of_each_step(module, data, *callbacks, **options)
 
     whole = fit(SaveAt(tmp_path, *range(1, 8)))
     assert whole[0] != whole[len(whole) // 2]  # each epoch has an order of its own

@@ -14,6 +14,7 @@ from support.zoo import model_of, run
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.optimizer import _global_optimizer_post_hooks
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
 from wanda_lightning import Schedule
@@ -281,6 +282,24 @@ class Recorder(Net):
 
     def validation_step(self, batch, batch_idx):
         self.trained.append(batch)
+
+
+class Reader(L.Callback):
+    """Records the first tensor of each batch of training."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.append(tree_leaves(batch)[0].tolist())
+
+
+def batches_of_each_step(module, data, *callbacks, **options):
+    """Fit for two epochs, or go on from a checkpoint; return the batches."""
+    reader = Reader()
+    options |= {"max_epochs": 2, "limit_val_batches": 0}
+    fit_module(module, reader, *callbacks, data=data, **options)
+    return reader.seen
 
 
 def tagged(tag, count=4):
