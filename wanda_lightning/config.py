@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 else:
     Unpack = Optional  # jsonargparse would take no defaults and no help from `from_names`
 
+_Contradictions = Iterator[tuple[str, str, str]]  # an option, another one, and why not both
+
 
 class PruningChoices(TypedDict, total=False):
     """The type of `**choices`: all arguments of `PruningConfig.from_names` except the sparsity."""
@@ -164,7 +166,7 @@ class PruningConfig:
                 f"{self.shown(option)} cannot be combined with {self.shown(other)}, because {reason}"
             )
 
-    def _contradictions(self) -> Iterator[tuple[str, str, str]]:
+    def _contradictions(self) -> _Contradictions:
         """Yield two options that contradict each other, and why, with what to do."""
         if not self.solver.takes_any_criterion and self.criterion != self.solver.own_criterion:
             yield (
@@ -194,7 +196,7 @@ class PruningConfig:
         if why_not_trained:
             yield "recovery", "sequential", why_not_trained
 
-    def _contradictions_with_units(self) -> Iterator[tuple[str, str, str]]:
+    def _contradictions_with_units(self) -> _Contradictions:
         for option in ("solver", "allocation"):
             if not getattr(self, option).fits_units:
                 fitting = ", ".join(
@@ -203,7 +205,7 @@ class PruningConfig:
                 reason = f"it compares single weights, not hidden units. Choose from {fitting}."
                 yield option, "pattern", reason
 
-    def _contradictions_with_experts(self) -> Iterator[tuple[str, str, str]]:
+    def _contradictions_with_experts(self) -> _Contradictions:
         for option in ("criterion", "allocation", "solver", "recovery"):
             if getattr(self, option) != getattr(methods.METHODS["wanda"], option)():
                 reason = f"whole experts are dropped by a score of their own. Leave {option} out."

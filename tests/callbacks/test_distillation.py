@@ -397,12 +397,6 @@ class Later(Net):
         ),
         (Pooled, {}, ValueError, r"logits.*it returns a tensor of shape \(4, 1\)"),
         (Detached, {"dense": Dense()}, ValueError, "its predictions have none"),
-        (
-            Net,
-            {"dense": nn.Sequential(Net(), nn.Linear(16, 20))},
-            ValueError,
-            r"shape \(4, 20\) and .* \(4, 16\)",
-        ),
     ],
 )
 def test_what_cannot_be_distilled_is_refused_before_a_weight_changes(make, choices, error, message):

@@ -363,16 +363,18 @@ class BatchInputs:
         if not _has_samples(layer, images):
             batch = batch.unsqueeze(0)
         if self._needs == {"square_sum"}:
-            squares = layer.squares(batch)
+            squares = _fitting(layer.squares(batch), layer, images)
             statistics.add(len(batch) * len(squares), {"square_sum": squares.sum(dim=0)})
         else:
             for tokens in layer.token_chunks(batch):
-                statistics.update(tokens)
+                statistics.update(_fitting(tokens, layer, images))
 
     def _read_tokens(self, product: Product, has_padding: bool) -> None:
         """Sum the tokens of a product, without padding and without the tokens of other experts."""
         layer = product.layer
         tokens = layer.tokens(product.tokens)
+        if layer.expert is None:
+            _fitting(tokens, layer, product.tokens)
         # An expert gets some of the tokens, in an order of its own, or a copy of all of them.
         in_order = layer.expert is None or product.slot is not None
         keep = None
@@ -407,6 +409,16 @@ class BatchInputs:
 def _has_samples(layer: Layer, inputs: Tensor) -> bool:
     """Whether an input of a convolution has a dimension of samples, before those of channels and positions."""
     return inputs.ndim == 1 - layer.kind.channels
+
+
+def _fitting(tokens: Tensor, layer: Layer, inputs: Tensor) -> Tensor:
+    """Return the tokens, or refuse those that do not have the width of the layer."""
+    if tokens.shape[1] != layer.shape[1]:
+        raise UserError(
+            f"batches must fit the model, but the input of {layer.name} has shape {tuple(inputs.shape)} and the layer "
+            f"takes {layer.shape[1]} features. Check how the batches are made."
+        )
+    return tokens
 
 
 MIN_EXPERT_TOKENS = 32  # a norm over n Gaussian inputs has a relative error of 0.7 / sqrt(n)

@@ -206,10 +206,7 @@ class NM(Pattern):
         """`1 - n/m`."""
         return 1 - self.n / self.m
 
-    @property
-    def fixed_sparsity(self) -> float | None:
-        """`1 - n/m`."""
-        return self.sparsity
+    fixed_sparsity = sparsity
 
     def check(self, sparsity: float) -> None:
         """Refuse every sparsity but `1 - n/m`."""

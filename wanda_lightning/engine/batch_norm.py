@@ -224,9 +224,7 @@ def batch_norm_layers(model: nn.Module) -> list[nn.Module]:
         is_frozen = "FrozenBatchNorm" in type(module).__name__
         if not (is_frozen or isinstance(module, _BATCH_NORMS)):
             continue
-        if not isinstance(module.running_mean, missing) and not isinstance(
-            module.running_var, missing
-        ):
+        if not isinstance(module.running_mean, missing):
             layers.append(module)
     return layers
 
