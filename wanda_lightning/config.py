@@ -272,11 +272,8 @@ class PruningConfig:
 
 
 def _reads_data(choice: Any) -> bool:
-    return (
-        bool(choice.needs)
-        or getattr(choice, "reads_gradients", False)
-        or getattr(choice, "reads_batches", False)
-    )
+    kinds_of_data = ("needs", "reads_gradients", "reads_batches")
+    return any(getattr(choice, kind, False) for kind in kinds_of_data)
 
 
 NAMES: Mapping[str, Mapping[str, Any]] = {
@@ -313,11 +310,7 @@ def check_choices(choices: Mapping[str, Any]) -> None:
 
 
 def _check_sparsity(sparsity: float) -> None:
-    name = "sparsity"
-    if isinstance(sparsity, int | float) and sparsity > 1:
-        name = f"sparsity ({sparsity / 100:g} for {sparsity:g} %)"
-    shown = {name: sparsity}
-    check_values(Number(minimum=0, below=1), **shown)
+    check_values(Number(minimum=0, below=1), sparsity=sparsity)
 
 
 def _named(option: str, name: object) -> Any:
@@ -338,9 +331,8 @@ def _resolve(option: str, given: Any, default: Callable[[], Any] = dict) -> Any:
         return _named(option, given)()
     if not isinstance(given, (base := _base(option))):
         names = ", ".join(NAMES[option])
-        hint = f" Give an object: {given.__name__}(...)." if isinstance(given, type) else ""
         raise UserError(
-            f"{option} must be of class {base.__name__} or one of {names}, but it is {given!r}.{hint}"
+            f"{option} must be of class {base.__name__} or one of {names}, but it is {given!r}."
         )
     if not is_dataclass(given):
         raise UserError(

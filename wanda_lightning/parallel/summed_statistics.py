@@ -7,6 +7,7 @@ from torch import Tensor
 
 from wanda_lightning.common.float64 import widened
 from wanda_lightning.core.statistics import SUMS, InputStatistics
+from wanda_lightning.core.types import Needs
 from wanda_lightning.parallel.processes import Processes
 
 _UNREACHED = -1  # no batch of a process reached the layer
@@ -16,7 +17,7 @@ def all_reduce_statistics(
     zero_tokens: Mapping[str, Tensor],
     collected: Mapping[str, InputStatistics],
     padding_counted: Collection[str],
-    needs: frozenset[str],
+    needs: Needs,
     processes: Processes,
 ) -> tuple[dict[str, InputStatistics], set[str]]:
     """Sum the statistics of some layers over all processes, in one object for each distinct input.

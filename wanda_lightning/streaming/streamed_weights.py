@@ -120,7 +120,8 @@ class StreamedWeights(WeightStore):
                 # Keep the blocks with stops still to come: some batches may already wait there.
                 self._store_all_but({block, *block_of_remaining.values()}, run)
                 # Batches also run through a block that is written already, but it is not pruned again.
-                self._load(block)
+                if block != RESIDENT:
+                    self.blocks.load(block)
                 if block == RESIDENT or block not in self._output.written:
                     refuse_unprunable(visit.stop.layers)
                     yield visit
@@ -153,10 +154,6 @@ class StreamedWeights(WeightStore):
     def _change_block(self, block: str) -> None:
         if block in self._changes:
             self._changes[block]()
-
-    def _load(self, block: str) -> None:
-        if block != RESIDENT:
-            self.blocks.load(block)
 
     def _load_only(self, name: str) -> None:
         """Load the block of a layer or stop, and free all others."""
