@@ -34,10 +34,9 @@ from wanda_lightning.calibration.surroundings import (
 )
 from wanda_lightning.calibration.torch_internals import COMPILED_CALL
 from wanda_lightning.calibration.trees import clone_arguments
+from wanda_lightning.common.aliases import Action, Forward
 from wanda_lightning.models import Stop
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
-
-Forward = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,7 @@ class Call:
         return self.forward(*args, **kwargs)
 
 
-def whole_model_calls(
-    samples: Iterable[Sample], tick: Callable[[], None] = lambda: None
-) -> Iterator[Call]:
+def whole_model_calls(samples: Iterable[Sample], tick: Action = lambda: None) -> Iterator[Call]:
     """Yield calls of the whole model, each on one sample, which is read when it is its turn; `tick` follows each."""
     for sample in samples:
         yield Call(sample, "", sample.forward, (), {}, Surroundings.present())

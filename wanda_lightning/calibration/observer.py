@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,6 +20,7 @@ from wanda_lightning.calibration.pruning_mode import calibration_mode
 from wanda_lightning.calibration.samples import Sample, Samples, forward_batch
 from wanda_lightning.calibration.surroundings import refuse_transforms
 from wanda_lightning.calibration.torch_internals import is_mapped, write_count
+from wanda_lightning.common.aliases import Action
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.grouping import grouped
 from wanda_lightning.core.statistics import InputStatistics
@@ -46,7 +47,7 @@ class StopObserver(Protocol):
     def __call__(self, stop: Stop, calls: Iterable[Call]) -> Observation:
         """Run the calls that wait at a stop, on copies, and return what they show."""
 
-    def whole_model(self, stop: Stop, samples: Samples, tick: Callable[[], None]) -> Observation:
+    def whole_model(self, stop: Stop, samples: Samples, tick: Action) -> Observation:
         """Run all samples through the model as one stop, and return what they show; `tick` follows each."""
         observation = self(stop, whole_model_calls(samples, tick))
         samples.refuse_if_empty()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from wanda_lightning.calibration.lockstep import Visit, Visits, lockstep
 from wanda_lightning.calibration.observer import Observation, StopObserver
+from wanda_lightning.common.aliases import Action
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.models import Layer
 from wanda_lightning.planning.plan import refuse_unprunable
@@ -32,7 +33,7 @@ class StreamedWeights(WeightStore):
         self._checkpoint = checkpoint
         self._output = output
         self._is_dense = False
-        self._changes: dict[str, Callable[[], None]] = {}  # by block
+        self._changes: dict[str, Action] = {}  # by block
 
     @property
     def zeros(self) -> int:  # type: ignore[override]
@@ -84,11 +85,11 @@ class StreamedWeights(WeightStore):
                 visit.continue_by(partial(observer.watched, visit.stop))
         return observer.finish(plan.whole_model)
 
-    def change_when_loaded(self, block: str, change: Callable[[], None]) -> None:
+    def change_when_loaded(self, block: str, change: Action) -> None:
         """Call `change` whenever the block is read from the checkpoint."""
         self._changes[block] = change
 
-    def undo_change(self, change: Callable[[], None]) -> None:
+    def undo_change(self, change: Action) -> None:
         """Do nothing: the changed weights are not in memory any more, and are read again."""
 
     # Sparsities that an interrupted run has chosen
