@@ -34,7 +34,7 @@ from wanda_lightning.calibration.surroundings import (
 )
 from wanda_lightning.calibration.torch_internals import COMPILED_CALL
 from wanda_lightning.calibration.trees import clone_arguments
-from wanda_lightning.common.aliases import Action, Forward
+from wanda_lightning.common.aliases import Action, Forward, Kwargs
 from wanda_lightning.models import Stop
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 
@@ -47,7 +47,7 @@ class Call:
     stop: str  # name of the stop; "" for the whole model
     forward: Forward  # the module's own forward
     args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    kwargs: Kwargs
     surroundings: Surroundings
 
     def run(self, on_copies: bool = False) -> Any:

@@ -23,7 +23,7 @@ from wanda_lightning.calibration.torch_internals import is_mapped, write_count
 from wanda_lightning.common.aliases import Action
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.grouping import grouped
-from wanda_lightning.core.statistics import InputStatistics
+from wanda_lightning.core.statistics import Inputs, InputStatistics
 from wanda_lightning.core.types import Needs
 from wanda_lightning.models import Layer, Stop, fitting_mask, token_masks
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, all_reduce_statistics
@@ -34,7 +34,7 @@ class Observation:
     """The inputs of some layers, summed over their tokens. The keys are names of layers."""
 
     # One object is shared by layers with the same input.
-    inputs: Mapping[str, InputStatistics] = field(default_factory=dict)
+    inputs: Inputs = field(default_factory=dict)
     # Layers whose statistics include padding, since no mask shows it in their inputs.
     padding_counted: Set[str] = frozenset()
     # Experts that got the statistics of all siblings, each with its own number of tokens.
@@ -424,9 +424,7 @@ def _fitting(tokens: Tensor, layer: Layer, inputs: Tensor) -> Tensor:
 MIN_EXPERT_TOKENS = 32  # a norm over n Gaussian inputs has a relative error of 0.7 / sqrt(n)
 
 
-def pool_experts(
-    layers: Sequence[Layer], statistics: Mapping[str, InputStatistics], padded: Set[str]
-) -> Observation:
+def pool_experts(layers: Sequence[Layer], statistics: Inputs, padded: Set[str]) -> Observation:
     """Replace the statistics of each expert with too few tokens, or none, with the sum over its siblings in this stop.
 
     `padded` are the layers whose statistics include padding.

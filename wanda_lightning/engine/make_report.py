@@ -3,12 +3,12 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Sized
 
 from wanda_lightning.calibration import observer
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.wording import quantity
-from wanda_lightning.models import SkippedMatrix, SkipReason, count_parameters
+from wanda_lightning.models import SkippedMatrices, SkippedMatrix, SkipReason, count_parameters
 from wanda_lightning.planning.coverage import Note, unfit_layers
 from wanda_lightning.planning.plan import Plan
 from wanda_lightning.planning.removal import Removal
@@ -74,7 +74,7 @@ def _left_dense(run: Run, removal: Removal) -> dict[str, SkippedMatrix]:
     }
 
 
-def _notes_on(run: Run, removal: Removal, dense: Mapping[str, SkippedMatrix]) -> list[Note]:
+def _notes_on(run: Run, removal: Removal, dense: SkippedMatrices) -> list[Note]:
     on_coverage = (
         unfit_layers(run.plan.inventory),
         removal.coverage(run.plan.inventory, dense),
@@ -97,7 +97,7 @@ _LEFT_DENSE = (
 )
 
 
-def _on_layers(run: Run, removal: Removal, dense: Mapping[str, SkippedMatrix]) -> Iterator[Note]:
+def _on_layers(run: Run, removal: Removal, dense: SkippedMatrices) -> Iterator[Note]:
     for reason, why in _LEFT_DENSE:
         names = [name for name, matrix in dense.items() if matrix.reason is reason]
         if names:

@@ -25,7 +25,7 @@ from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
 from wanda_lightning.core.patterns import Pattern
-from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
+from wanda_lightning.core.statistics import GradientStatistics, Inputs
 from wanda_lightning.engine.batch_norm import BatchNormStatistics, batch_norm_layers
 from wanda_lightning.engine.make_report import make_report
 from wanda_lightning.experts.remove_experts import RemoveExperts
@@ -268,7 +268,7 @@ def _observe_dense_model(run: Run, unit_columns: Mapping[str, int]) -> DenseStat
     """Collect the input statistics and the gradients that allocation and pattern read."""
     plan = run.plan
     config = plan.config
-    inputs: Mapping[str, InputStatistics] = {}
+    inputs: Inputs = {}
     gradients: Mapping[str, GradientStatistics] = {}
     if config.allocation.needs:
         observer = Observer(config.allocation.needs, plan.processes)

@@ -1,6 +1,6 @@
 """Prune the layers of one stop with their statistics: solve, write, and record what happened."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from wanda_lightning.calibration.observer import Observation
 from wanda_lightning.calibration.torch_internals import write_count
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.grouping import grouped
-from wanda_lightning.core.statistics import InputStatistics, relative_error
+from wanda_lightning.core.statistics import Inputs, InputStatistics, relative_error
 from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Stop
 from wanda_lightning.planning.plan import Plan
 from wanda_lightning.planning.removal import Removal
@@ -69,9 +69,7 @@ def _why_dense(layer: Layer, inputs: InputStatistics) -> SkippedMatrix | None:
     return None
 
 
-def _groups_to_solve(
-    layers: Iterable[Layer], inputs: Mapping[str, InputStatistics], plan: Plan
-) -> Iterator[list[Layer]]:
+def _groups_to_solve(layers: Iterable[Layer], inputs: Inputs, plan: Plan) -> Iterator[list[Layer]]:
     """Yield layers to solve together: they share one input, and have biases to fit or not, and fit in memory.
 
     Each expert is a group of its own, since a hundred of them may share pooled statistics. Groups with one input follow

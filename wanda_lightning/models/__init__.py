@@ -2,6 +2,7 @@
 
 from wanda_lightning.models.inventory import (
     Inventory as Inventory,
+    SkippedMatrices as SkippedMatrices,
     SkippedMatrix as SkippedMatrix,
     Stop as Stop,
     count_parameters as count_parameters,

@@ -40,6 +40,10 @@ class SkippedMatrix:
         return math.prod(self.shape)
 
 
+SkippedMatrices = Mapping[str, SkippedMatrix]
+"""Matrices that are left dense, by name."""
+
+
 @dataclass(frozen=True)
 class Stop:
     """A point where calibration batches wait, the entry of a block or a layer. Without a module, none waits."""

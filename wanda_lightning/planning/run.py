@@ -16,6 +16,7 @@ from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.common.aliases import Action
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.wording import quantity
+from wanda_lightning.core.allocation import Sparsities
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.models import Layer, SkippedMatrix, SkipReason
 from wanda_lightning.planning.plan import Plan, refuse_unprunable
@@ -111,11 +112,11 @@ class WeightStore:
 
     # Sparsities that an interrupted run has chosen
 
-    def stored_sparsities(self) -> Mapping[str, float]:
+    def stored_sparsities(self) -> Sparsities:
         """Return the sparsities that an earlier run has chosen; empty if there are none."""
         return {}
 
-    def store_sparsities(self, sparsities: Mapping[str, float]) -> None:
+    def store_sparsities(self, sparsities: Sparsities) -> None:
         """Store the sparsities for a later run that continues this one."""
 
     # The model while it is pruned

@@ -11,6 +11,7 @@ from wanda_lightning.calibration.lockstep import Visit, Visits, lockstep
 from wanda_lightning.calibration.observer import Observation, StopObserver
 from wanda_lightning.common.aliases import Action
 from wanda_lightning.common.progress import ProgressBar
+from wanda_lightning.core.allocation import Sparsities
 from wanda_lightning.models import Layer
 from wanda_lightning.planning.plan import refuse_unprunable
 from wanda_lightning.planning.run import Run, WeightStore
@@ -94,11 +95,11 @@ class StreamedWeights(WeightStore):
 
     # Sparsities that an interrupted run has chosen
 
-    def stored_sparsities(self) -> Mapping[str, float]:
+    def stored_sparsities(self) -> Sparsities:
         """Return the sparsities that an interrupted run has stored; empty if there are none."""
         return self._output.progress.sparsities
 
-    def store_sparsities(self, sparsities: Mapping[str, float]) -> None:
+    def store_sparsities(self, sparsities: Sparsities) -> None:
         """Store the sparsities in the output folder."""
         self._output.save_progress(sparsities=dict(sparsities))
 

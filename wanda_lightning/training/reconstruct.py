@@ -21,7 +21,7 @@ from wanda_lightning.calibration.trees import (
     take_out_tensors,
     tensors_of,
 )
-from wanda_lightning.common.aliases import Forward
+from wanda_lightning.common.aliases import Forward, Kwargs
 from wanda_lightning.common.checks import Number, check
 from wanda_lightning.common.float64 import widened
 from wanda_lightning.models import Layer, Stop, fitting_mask
@@ -69,7 +69,7 @@ class _Run:
     """One call of a part, or some samples of it."""
 
     call: Call
-    inputs: tuple[tuple[Any, ...], dict[str, Any]]  # its arguments
+    inputs: tuple[tuple[Any, ...], Kwargs]  # its arguments
     output: Tensor  # of the dense part
     keep: Tensor | None  # what is not padding
 
