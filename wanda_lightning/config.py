@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Optional, TypedDict
 
 from wanda_lightning import methods
-from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.checks import Number, check_flags, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.layer_names import check_patterns
@@ -267,7 +266,7 @@ class PruningConfig:
             self, sparsity=self.sparsity * fraction, allocation=self.allocation.scaled(fraction)
         )
 
-    def describe(self) -> Kwargs:
+    def describe(self) -> dict[str, Any]:
         """Return all choices as plain data."""
         return {field.name: _describe(getattr(self, field.name)) for field in fields(self)}
 
@@ -371,7 +370,7 @@ def _describe(value: Any) -> Any:
         return list(value)
     if not is_dataclass(value):
         return value
-    described: Kwargs = {"name": type(value).__name__}
+    described: dict[str, Any] = {"name": type(value).__name__}
     for option in fields(value):
         described[option.name] = _describe(getattr(value, option.name))
     return described

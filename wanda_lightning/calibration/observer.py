@@ -24,7 +24,6 @@ from wanda_lightning.common.aliases import Action
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.grouping import grouped
 from wanda_lightning.core.statistics import Inputs, InputStatistics
-from wanda_lightning.core.types import Needs
 from wanda_lightning.models import Layer, Stop, fitting_mask, token_masks
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, all_reduce_statistics
 
@@ -66,7 +65,7 @@ class Observer(StopObserver):
     `needs` holds the names of the sums.
     """
 
-    def __init__(self, needs: Needs, processes: Processes = SINGLE_PROCESS) -> None:
+    def __init__(self, needs: frozenset[str], processes: Processes = SINGLE_PROCESS) -> None:
         self.needs = needs
         self.processes = processes
         self._readings = _Readings()
@@ -261,7 +260,9 @@ class PassiveCalibration:
     `stop` holds all layers of the model; see `Observer` for the other arguments.
     """
 
-    def __init__(self, model: nn.Module, stop: Stop, needs: Needs, processes: Processes) -> None:
+    def __init__(
+        self, model: nn.Module, stop: Stop, needs: frozenset[str], processes: Processes
+    ) -> None:
         self._model = model
         self._stop = stop
         self._batches = 0
@@ -323,7 +324,7 @@ class Entry(NamedTuple):
 class BatchInputs:
     """Reads the tokens of each layer while one batch runs; called in place of each product."""
 
-    def __init__(self, needs: Needs, sample: Sample) -> None:
+    def __init__(self, needs: frozenset[str], sample: Sample) -> None:
         self.entries: list[Entry] = []  # one for each distinct input
         self.batch = sample.batch_index
         self._needs = needs

@@ -9,7 +9,7 @@ import torch
 from wanda_lightning.common.checks import Number, check
 from wanda_lightning.common.float64 import widened
 from wanda_lightning.core.statistics import InputStatistics
-from wanda_lightning.core.types import Needs, PerInput, Score, Weight
+from wanda_lightning.core.types import PerInput, Score, Weight
 
 Group = Literal["row", "layer"]
 
@@ -25,7 +25,7 @@ class Criterion(ABC):
             columns cannot use it then.
     """
 
-    needs: ClassVar[Needs] = frozenset()
+    needs: ClassVar[frozenset[str]] = frozenset()
     group: ClassVar[Group] = "row"
     spans_rows: ClassVar[bool] = False
     spans_columns: ClassVar[bool] = False

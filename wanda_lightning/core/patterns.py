@@ -206,7 +206,10 @@ class NM(Pattern):
         """`1 - n/m`."""
         return 1 - self.n / self.m
 
-    fixed_sparsity = sparsity
+    @property
+    def fixed_sparsity(self) -> float | None:
+        """`1 - n/m`."""
+        return self.sparsity
 
     def check(self, sparsity: float) -> None:
         """Refuse every sparsity but `1 - n/m`."""

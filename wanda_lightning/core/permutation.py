@@ -18,6 +18,7 @@ _CHUNK = 512  # groups in one assignment problem: time and memory grow with its 
 class Permutation:
     """Permutes the inputs of layers before they are pruned. The base class permutes nothing."""
 
+    needs: ClassVar[frozenset[str]] = frozenset()
     reads_batches: ClassVar[bool] = False  # whether it runs the calibration batches
 
     def why_not(self, pattern: Pattern) -> str | None:

@@ -27,6 +27,3 @@ KeepGroups = Bool[Tensor, "groups size"]
 Counts = Int[Tensor, " groups"]
 Order = Int[Tensor, " d_in"]
 Orders = Int[Tensor, "heads units"]
-
-Needs = frozenset[str]
-"""Names of sums over inputs, see `core.statistics.SUMS`."""

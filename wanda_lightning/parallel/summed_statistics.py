@@ -7,7 +7,6 @@ from torch import Tensor
 
 from wanda_lightning.common.float64 import widened
 from wanda_lightning.core.statistics import SUMS, Inputs, InputStatistics
-from wanda_lightning.core.types import Needs
 from wanda_lightning.parallel.processes import Processes
 
 _UNREACHED = -1  # no batch of a process reached the layer
@@ -17,7 +16,7 @@ def all_reduce_statistics(
     zero_tokens: Mapping[str, Tensor],
     collected: Inputs,
     padding_counted: Collection[str],
-    needs: Needs,
+    needs: frozenset[str],
     processes: Processes,
 ) -> tuple[dict[str, InputStatistics], set[str]]:
     """Sum the statistics of some layers over all processes, in one object for each distinct input.

@@ -12,7 +12,7 @@ from typing import ClassVar, NamedTuple
 
 from wanda_lightning.core.patterns import Structured
 from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
-from wanda_lightning.core.types import Needs, PerUnit, Weight
+from wanda_lightning.core.types import PerUnit, Weight
 
 Sparsities = dict[str, float]  # by the name of a layer
 
@@ -78,7 +78,7 @@ class Allocation(ABC):
         cost: What a hidden unit costs, see `Fisher`.
     """
 
-    needs: ClassVar[Needs] = frozenset()
+    needs: ClassVar[frozenset[str]] = frozenset()
     reads_gradients: ClassVar[bool] = False
     fits_units: ClassVar[bool] = False
     cost: str = "units"

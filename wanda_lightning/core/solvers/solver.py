@@ -9,7 +9,7 @@ from wanda_lightning.core.criteria import Criterion, Group, Wanda
 from wanda_lightning.core.masking import masked
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.statistics import InputStatistics
-from wanda_lightning.core.types import Needs, OneSolved, OneWeight, Solved, Weight
+from wanda_lightning.core.types import OneSolved, OneWeight, Solved, Weight
 
 
 class Solver(ABC):
@@ -23,7 +23,7 @@ class Solver(ABC):
             `InputStatistics.centered()`.
     """
 
-    needs: ClassVar[Needs] = frozenset()
+    needs: ClassVar[frozenset[str]] = frozenset()
     takes_any_criterion: ClassVar[bool] = True
     fits_units: ClassVar[bool] = False
     intercept: bool = False
