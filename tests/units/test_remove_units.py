@@ -25,7 +25,6 @@ from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.trees import map_tensors
 from wanda_lightning.core.allocation import GradientLimit, Uniform, UnitLayer
 from wanda_lightning.models import SkipReason
-from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.units.remove_units import RemoveUnits
 
 EACH_OF_4 = Structured(multiple_of=4)
@@ -345,7 +344,6 @@ def test_fisher_scores_units_by_their_effect_on_the_loss(name):
             own.plan.blocks,
             own.samples,
             lambda _: None,
-            SINGLE_PROCESS,
             GradientLimit(),
             own.removal.unit_columns,
         )

@@ -239,10 +239,10 @@ def _after_training(report: PruningReport, model: nn.Module) -> PruningReport:
     """Return the report with the zeros that the model has now."""
     # Training fills zeros that are not kept.
     zeros = zeros_of(model)
-    layers = []
-    for layer in report.layers:
-        sparsity = zeros.get(layer.name, layer.zeros) / layer.size
-        layers.append(replace(layer, sparsity=sparsity))
+    layers = [
+        replace(layer, sparsity=zeros.get(layer.name, layer.zeros) / layer.size)
+        for layer in report.layers
+    ]
 
     # Also in what was not pruned: biases are often initialized to zeros, and adapters are merged by now.
     size, all_zeros = count_parameters(model)

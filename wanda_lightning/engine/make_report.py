@@ -81,7 +81,7 @@ def _notes_on(run: Run, removal: Removal, dense: SkippedMatrices) -> list[Note]:
     )
     return [
         *_on_layers(run, removal, dense),
-        *[note for note in on_coverage if note is not None],
+        *filter(None, on_coverage),
         *_on_targets(run),
         *removal.notes(run),
         *_on_permutation(run),

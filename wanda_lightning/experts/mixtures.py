@@ -39,11 +39,9 @@ class Mixture:
 
     def take(self, keep: Units) -> Action:
         """Take all other experts out, in place, and return a function that undoes it."""
-        changes: list[Change] = []
-        for slot in self.slots:
-            changes.append((slot.module, slot.name, slot.taken(keep)))
-        for module, name in self.counters:
-            changes.append((module, name, int(keep.sum())))
+        number = int(keep.sum())
+        changes: list[Change] = [(slot.module, slot.name, slot.taken(keep)) for slot in self.slots]
+        changes += [(module, name, number) for module, name in self.counters]
         return replace_attributes(changes)
 
     def drop_data(self) -> Action:
