@@ -1,6 +1,5 @@
 """Equal to the reference implementation, on the tiny random models in `golden/`."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 from support.quiet import prune
+from support.reports import read_json
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from wanda_lightning import EqualShare, Magnitude, Unstructured, Wanda
@@ -45,7 +45,7 @@ def opt():
 
 
 def description(name):
-    return json.loads((GOLDEN / f"{name}.json").read_text())
+    return read_json(GOLDEN / f"{name}.json")
 
 
 def tensors(name):

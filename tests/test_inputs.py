@@ -86,7 +86,6 @@ def llama(tmp_path_factory):
             model.name_or_path, output, [batch], progress=False
         ),
     ],
-    ids=["prune", "training", "validation", "perplexity_from_disk", "prune_from_disk"],
 )
 def test_tokens_without_an_embedding(llama, tmp_path, call, token):
     message = f"input_ids must be from 0 to {VOCABULARY - 1}, .* but one is {token}"

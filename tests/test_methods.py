@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.callbacks import Net, loader, trainer
+from support.callbacks import Net, validate_module
 from support.pairwise import spread, with_nightly
 from support.quiet import prune
 from support.zoo import ZOO
@@ -110,7 +110,7 @@ def test_mixed_precision_rounds_no_solver(name):
     for precision in ("32-true", "bf16-mixed"):
         module = Net()
         callback = PruningCallback(0.5, method=name, num_samples=8, **choices)
-        trainer(callback, precision=precision).validate(module, loader(), verbose=False)
+        validate_module(module, callback, precision=precision)
         weights.append(module.layers[0].weight)  # the first layer, because its inputs are the same
         sparsities.append(callback.report.sparsity)
     assert torch.equal(*weights)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,25 +117,18 @@ def test_a_criterion_that_needs_nothing_needs_no_data(model):
 
 @dataclass(frozen=True)
 class WrongCriterion(Criterion):
-    mistake: str
+    score: Callable
 
     def __call__(self, weight, inputs):
-        if self.mistake == "NaN":
-            return torch.where(weight < 0, torch.nan, weight.abs())
-        if self.mistake == "shape":
-            return weight.abs().sum(dim=0)
-        return weight.float().abs_()  # `float` copies no float32
+        return self.score(weight)
 
 
 @dataclass(frozen=True)
 class WrongPattern(Pattern):
-    mistake: str
+    choose: Callable
 
     def __call__(self, scores, sparsity):
-        keep = scores > scores.median()
-        if self.mistake == "dtype":
-            return keep.float()
-        return keep[0]
+        return self.choose(scores > scores.median())
 
     def keep_block(self, scores, sparsity, block):
         return (scores > 1).byte()
@@ -142,15 +136,10 @@ class WrongPattern(Pattern):
 
 @dataclass(frozen=True)
 class WrongSolver(Solver):
-    mistake: str
+    solve: Callable
 
     def __call__(self, weight, inputs, selection):
-        keep = selection.keep(weight, inputs)
-        if self.mistake == "NaN":
-            return weight * keep / 0, keep
-        if self.mistake == "shape":
-            return weight[:1], keep[:1]
-        return weight.mul_(keep), keep
+        return self.solve(weight, selection.keep(weight, inputs))
 
 
 @dataclass(frozen=True)
@@ -163,44 +152,51 @@ class WrongAllocation(Allocation):
     ("choice", "message"),
     [
         (
-            {"criterion": WrongCriterion("NaN")},
+            {
+                "criterion": WrongCriterion(
+                    lambda weight: torch.where(weight < 0, torch.nan, weight.abs())
+                )
+            },
             r"criterion=Wrong.* must return a score for each weight, .* [1-9]\d* NaN",
         ),
         (
-            {"criterion": WrongCriterion("shape")},
+            {"criterion": WrongCriterion(lambda weight: weight.abs().sum(dim=0))},
             r"criterion=Wrong.* must return a score for each weight, .* \(16,\)",
         ),
         (
-            {"criterion": WrongCriterion("in place")},
+            # `float` copies no float32.
+            {"criterion": WrongCriterion(lambda weight: weight.float().abs_())},
             r"criterion=Wrong.* and solver='zero_out' must not change .* that of 0",
         ),
         (
-            {"pattern": WrongPattern("dtype")},
+            {"pattern": WrongPattern(torch.Tensor.float)},
             r"pattern=Wrong.* must return a boolean for each score, .* torch.float32",
         ),
         (
-            {"pattern": WrongPattern("shape")},
+            {"pattern": WrongPattern(lambda keep: keep[0])},
             r"pattern=Wrong.* must return a boolean for each score, .* \(16,\)",
         ),
         (
-            {"pattern": WrongPattern("block"), "solver": "sparsegpt"},
+            {"pattern": WrongPattern(torch.Tensor.bool), "solver": "sparsegpt"},
             r"pattern=Wrong.* must return a boolean for each score, .* torch.uint8",
         ),
         (
-            {"solver": WrongSolver("NaN")},
+            {"solver": WrongSolver(lambda weight, keep: (weight * keep / 0, keep))},
             r"solver=Wrong.* must return a finite weight of the shape \(12, 16\) for 0",
         ),
         (
-            {"solver": WrongSolver("shape")},
+            {"solver": WrongSolver(lambda weight, keep: (weight[:1], keep[:1]))},
             r"solver=Wrong.* must return a finite weight .* one of the shape \(1, 16\)",
         ),
-        ({"solver": WrongSolver("in place")}, r"solver=Wrong.* must not change .* that of 0"),
+        (
+            {"solver": WrongSolver(lambda weight, keep: (weight.mul_(keep), keep))},
+            r"solver=Wrong.* must not change .* that of 0",
+        ),
         (
             {"allocation": WrongAllocation()},
             r"allocation=Wrong.* must return a sparsity for each layer, .* for 2",
         ),
     ],
-    ids=str,
 )
 def test_a_mistake_is_refused_in_a_sentence_that_names_the_choice(model, batch, choice, message):
     with pytest.raises(ValueError, match=message):

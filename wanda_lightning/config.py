@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 else:
     Unpack = Optional  # jsonargparse would take no defaults and no help from `from_names`
 
+_Contradictions = Iterator[tuple[str, str, str]]  # an option, another one, and why not both
+
 
 class PruningChoices(TypedDict, total=False):
     """The type of `**choices`: all arguments of `PruningConfig.from_names` except the sparsity."""
@@ -164,7 +166,7 @@ class PruningConfig:
                 f"{self.shown(option)} cannot be combined with {self.shown(other)}, because {reason}"
             )
 
-    def _contradictions(self) -> Iterator[tuple[str, str, str]]:
+    def _contradictions(self) -> _Contradictions:
         """Yield two options that contradict each other, and why, with what to do."""
         if not self.solver.takes_any_criterion and self.criterion != self.solver.own_criterion:
             yield (
@@ -194,7 +196,7 @@ class PruningConfig:
         if why_not_trained:
             yield "recovery", "sequential", why_not_trained
 
-    def _contradictions_with_units(self) -> Iterator[tuple[str, str, str]]:
+    def _contradictions_with_units(self) -> _Contradictions:
         for option in ("solver", "allocation"):
             if not getattr(self, option).fits_units:
                 fitting = ", ".join(
@@ -203,7 +205,7 @@ class PruningConfig:
                 reason = f"it compares single weights, not hidden units. Choose from {fitting}."
                 yield option, "pattern", reason
 
-    def _contradictions_with_experts(self) -> Iterator[tuple[str, str, str]]:
+    def _contradictions_with_experts(self) -> _Contradictions:
         for option in ("criterion", "allocation", "solver", "recovery"):
             if getattr(self, option) != getattr(methods.METHODS["wanda"], option)():
                 reason = f"whole experts are dropped by a score of their own. Leave {option} out."
@@ -270,11 +272,8 @@ class PruningConfig:
 
 
 def _reads_data(choice: Any) -> bool:
-    return (
-        bool(choice.needs)
-        or getattr(choice, "reads_gradients", False)
-        or getattr(choice, "reads_batches", False)
-    )
+    kinds_of_data = ("needs", "reads_gradients", "reads_batches")
+    return any(getattr(choice, kind, False) for kind in kinds_of_data)
 
 
 NAMES: Mapping[str, Mapping[str, Any]] = {
@@ -311,11 +310,7 @@ def check_choices(choices: Mapping[str, Any]) -> None:
 
 
 def _check_sparsity(sparsity: float) -> None:
-    name = "sparsity"
-    if isinstance(sparsity, int | float) and sparsity > 1:
-        name = f"sparsity ({sparsity / 100:g} for {sparsity:g} %)"
-    shown = {name: sparsity}
-    check_values(Number(minimum=0, below=1), **shown)
+    check_values(Number(minimum=0, below=1), sparsity=sparsity)
 
 
 def _named(option: str, name: object) -> Any:
@@ -336,9 +331,8 @@ def _resolve(option: str, given: Any, default: Callable[[], Any] = dict) -> Any:
         return _named(option, given)()
     if not isinstance(given, (base := _base(option))):
         names = ", ".join(NAMES[option])
-        hint = f" Give an object: {given.__name__}(...)." if isinstance(given, type) else ""
         raise UserError(
-            f"{option} must be of class {base.__name__} or one of {names}, but it is {given!r}.{hint}"
+            f"{option} must be of class {base.__name__} or one of {names}, but it is {given!r}."
         )
     if not is_dataclass(given):
         raise UserError(

@@ -8,13 +8,12 @@ from support.pairwise import spread, with_nightly
 from support.quiet import prune
 from support.refusals import refusal
 from support.samples import drawn, gradients, split
-from support.zoo import ZOO, batches_of, model_of
+from support.zoo import ZOO, batches_of, cast, model_of
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
 from wanda_lightning import Fisher
-from wanda_lightning.calibration.trees import map_tensors
 
 
 def measured(model, batches, samples=None, predictions=0):
@@ -89,7 +88,7 @@ SAMPLED = [
 @pytest.mark.parametrize("name", with_nightly(SAMPLED, ZOO))
 def test_recomputed_blocks_give_the_same_sums(name):
     model = model_of(name).double()
-    batches = map_tensors(lambda x: x.double() if x.is_floating_point() else x, batches_of(name))
+    batches = cast(batches_of(name))
     expected = gradients(model, batches, recomputed=False)
     random = torch.get_rng_state()
     assert any(sums.rows.any() for sums in expected.values())

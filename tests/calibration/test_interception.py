@@ -1,8 +1,8 @@
 """Weights that are multiplied outside the forward of their layer: against the same models with every layer called."""
 
-import copy
 import math
 import weakref
+from copy import deepcopy
 from itertools import product
 
 import numpy as np
@@ -264,7 +264,7 @@ def test_padding_inside_of_attention_is_left_out(sequential, lengths):
     x = torch.randn(*mask.shape, 32)
     weights = []
     for noise in (0.0, 100.0):  # of padding
-        model = copy.deepcopy(TRANSFORMER)
+        model = deepcopy(TRANSFORMER)
         model.__class__ = Text
         batch = {"x": x + noise * torch.randn_like(x) * ~mask[..., None], "attention_mask": mask}
         report = prune(model, [batch], 0.5, sequential=sequential)

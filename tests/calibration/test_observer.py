@@ -129,9 +129,8 @@ DEAD = (0, 1, 6, 9, 14, 15)  # inputs of blocks.0.down
 
 def build(dead=DEAD):
     model = seeded(lambda: Chain(Mlp(), Mlp()))
-    with torch.no_grad():
-        model.blocks[0].up.bias[list(dead)] = -100
-        model.blocks[0].down.weight[:, list(dead)] *= 50  # the largest weights, for nothing
+    model.blocks[0].up.bias.data[list(dead)] = -100
+    model.blocks[0].down.weight.data[:, list(dead)] *= 50  # the largest weights, for nothing
     return model
 
 

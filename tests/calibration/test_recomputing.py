@@ -1,8 +1,8 @@
 """Blocks that run again in the backward pass: with the gradients of autograd, and in less memory."""
 
-import copy
 import gc
 import weakref
+from copy import deepcopy
 from itertools import product
 from types import SimpleNamespace
 
@@ -85,7 +85,7 @@ def test_gradients_are_those_of_autograd(put, silent, frozen):
     model = Net(*puts).double()
     model.blocks[:frozen].requires_grad_(False)
     x = torch.randn(4, 6, dtype=torch.float64)
-    expected = recomputed_gradients(copy.deepcopy(model), x, [])
+    expected = recomputed_gradients(deepcopy(model), x, [])
     assert_close(recomputed_gradients(model, x, model.blocks), expected)
     assert all(gradient is None or gradient.abs().max() > 0 for gradient in expected)
 

@@ -352,7 +352,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("sequential", ["layer", "block"])
-@pytest.mark.parametrize("runs", [[3], [1, 1, 1], [2]], ids=["all blocks", "each block", "two"])
+@pytest.mark.parametrize("runs", [[3], [1, 1, 1], [2]])
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 def test_a_setting_of_the_process_is_as_before_afterwards(setting, runs, sequential):

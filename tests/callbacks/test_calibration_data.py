@@ -1,7 +1,7 @@
 """Calibration batches: which loader, which samples, and how they run through the module."""
 
-import copy
 from contextlib import nullcontext
+from copy import deepcopy
 from functools import partial
 
 import lightning as L
@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from support.callbacks import (
     Net,
+    OfZoo,
     Recorder,
     Resumable,
     all_at,
@@ -158,20 +159,6 @@ def test_transfer_hooks_are_applied(make, data):
     assert tags_of(module.seen) == [30]
 
 
-class Text(L.LightningModule):
-    """A user's own language model."""
-
-    def __init__(self):
-        super().__init__()
-        self.pruning_target = model_of("llama")
-
-    def forward(self, input_ids):
-        return self.pruning_target(input_ids)
-
-    def test_step(self, batch, batch_idx):
-        pass
-
-
 @pytest.mark.parametrize(
     ("precision", "dtype", "autocast"),
     [
@@ -182,7 +169,7 @@ class Text(L.LightningModule):
 )
 def test_any_precision_prunes_like_prune(precision, dtype, autocast):
     batches = [{"input_ids": torch.randint(128, (2, 16))} for _ in range(4)]
-    module = Text()
+    module = OfZoo("llama")
     model = model_of("llama").to(dtype)
     callback = PruningCallback(0.5, method="thorough", dataloader=batches, num_samples=8)
     run_loop("test", module, callback, precision=precision)
@@ -417,29 +404,12 @@ def test_a_fit_that_ends_before_the_validation_loop_warns():
         )
 
 
-class OfZoo(L.LightningModule):
-    """A model of the zoo, on its own batches."""
-
-    def __init__(self, name):
-        super().__init__()
-        self.pruning_target = model_of(name).train()
-
-    def validation_step(self, batch, batch_idx):
-        self.pruning_target(batch[0])
-
-    def training_step(self, batch, batch_idx):
-        return self.pruning_target(batch[0]).square().sum()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=1e-4)
-
-
 class CopyBefore(L.Callback):
     """The weights before the validation loop runs."""
 
     def on_validation_start(self, trainer, pl_module):
         with torch.inference_mode(False):
-            self.copy = copy.deepcopy(pl_module.pruning_target)
+            self.copy = deepcopy(pl_module.pruning_target)
 
 
 @pytest.mark.parametrize(("name", "loop"), [("convnext_conv_mlp", "validate"), ("resnet18", "fit")])

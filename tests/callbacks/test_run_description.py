@@ -6,7 +6,7 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import save_file
-from support.callbacks import Net, fit_module, loader, same, trainer
+from support.callbacks import Net, fit_module, loader, same, trainer, validate_module
 from support.layers import rng
 from support.modules import tiny_llama, tiny_tokenizer
 from support.reports import Page
@@ -40,7 +40,7 @@ def module():
 
 def test_the_report_names_the_samples_of_the_datamodule(tmp_path, text):
     callback = WandaPrune(num_samples=4, report_dir=tmp_path)
-    trainer(callback).validate(module(), text, verbose=False)
+    validate_module(module(), callback, data=text)
     expected = f"{text.calibration}, 4 windows of 16 tokens, seed 3"
     assert callback.report.run == Circumstances(calibration=expected)
     saved = PruningReport.from_json((tmp_path / REPORT_NAME).read_text())
@@ -53,10 +53,9 @@ def test_the_report_names_the_samples_of_the_datamodule(tmp_path, text):
         WandaPrune(num_samples=4, dataloader=[{"input_ids": torch.zeros(4, 8, dtype=torch.long)}]),
         PruningCallback(method="magnitude"),
     ],
-    ids=["other data", "no data"],
 )
 def test_the_report_names_no_data_that_were_not_read(text, callback):
-    trainer(callback).validate(module(), text, verbose=False)
+    validate_module(module(), callback, data=text)
     assert callback.report.run == Circumstances()
 
 

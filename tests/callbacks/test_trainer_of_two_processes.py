@@ -12,7 +12,6 @@ from support import pair_cases as cases
 from support.layers import assert_same
 from support.pair_cases import (
     alone,
-    assert_equal_everywhere,
     assert_same_report,
     assert_same_weights,
 )
@@ -36,7 +35,7 @@ def test_a_given_loader_is_divided(pair, num_samples):
     assert_same([batches, others], own)
     module = cases.Regression()
     expected = prune(module, list(samples.split(3)))
-    assert_equal_everywhere(weights, other_weights)
+    assert_same(weights, other_weights)
     assert_same_weights(weights, dict(module.named_parameters()))
     assert_same_report(report, expected)
 
@@ -50,7 +49,7 @@ def test_lightnings_own_loader_is_already_divided(pair):
     (batches, weights, report), (others, other_weights, _) = pair.run(cases.fit, 7, False)
     assert (sum(map(len, batches)), sum(map(len, others))) == (4, 3)
     assert report.layers[0].tokens == 7
-    assert_equal_everywhere(weights, other_weights)
+    assert_same(weights, other_weights)
     found = torch.cat([*batches, *others]).tolist()
     assert len({tuple(sample) for sample in found}) == 7  # no sample twice
 
@@ -64,7 +63,7 @@ def test_a_pruned_language_model_trains_and_is_saved_under_fsdp2(pair, tmp_path)
     for _, (shrinking, again), trained in results:
         assert "shrink=True needs whole layers" in shrinking[1]
         assert "exists and is not empty" in again[1]  # in every process
-        assert_equal_everywhere(trained, loaded.state_dict())
+        assert_same(trained, dict(loaded.named_parameters()))
     assert loaded.config.architectures == ["LlamaForCausalLM"]
     blocks = ["FSDPLlamaDecoderLayer"] * 2
     assert sharded == ["FSDPLlamaForCausalLM", *blocks]
@@ -88,7 +87,7 @@ def test_the_callback_prunes_and_keeps_the_zeros(pair):
     for pruned, trained, report in results:
         assert_same_weights(pruned, dict(module.named_parameters()))
         assert_same_report(report, expected)
-        assert_equal_everywhere(trained, results[0][1])
+        assert_same(trained, results[0][1])
         assert len(moved(pruned, trained)) == len(pruned)
         for layer in report.layers:
             name = f"{layer.name}.weight"
@@ -114,7 +113,7 @@ def test_tied_weights_are_saved_once(pair, tmp_path):
     weights, _ = pair.run(cases.save_tied, tmp_path / "out")
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert_equal_everywhere(weights, loaded.state_dict())
+    assert_same(weights, dict(loaded.named_parameters()))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """`wanda-lightning evaluate`, and tasks after `prune`: numbers against loops by hand, and what is refused."""
 
-import json
 import os
 import shutil
 import weakref
@@ -14,6 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from support.cli import IGNORED_WARNINGS, SEQLEN, perplexity_by_hand, run, save_noise
 from support.data import byte_tokenizer
+from support.reports import read_json
 from support.tasks import DOCUMENTS, accuracies_by_hand, tiny_llama, tiny_tokenizer, write_tasks
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
@@ -26,7 +26,7 @@ pytestmark = IGNORED_WARNINGS
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """Language models dense and with zeros, a text, tasks; image classifiers and images. No command may change them."""
+    """Language models dense and with zeros, tasks; image classifiers and images. No command may change them."""
     folder = tmp_path_factory.mktemp("inputs")
     for name in ("dense", "pruned"):
         model = tiny_llama(0)
@@ -36,11 +36,6 @@ def stored(tmp_path_factory):
         tiny_tokenizer().save_pretrained(folder / name)
     write_tasks(folder / "tasks")
 
-    rng = np.random.default_rng()
-    for name in ("text.txt", "other.txt"):
-        words = ["".join(map(chr, rng.integers(97, 123, 5))) for _ in range(500)]
-        (folder / name).write_text(" ".join(words))
-
     with torch.random.fork_rng(devices=[]):
         for seed in (1, 2):
             torch.default_generator.manual_seed(seed)
@@ -48,29 +43,29 @@ def stored(tmp_path_factory):
             nn.init.normal_(module.model.get_classifier().weight)
             module.save_pretrained(folder / f"vit{seed}")
     for label in range(8):
-        save_noise(folder / "images" / str(label), 3, rng)
+        save_noise(folder / "images" / str(label), 3, np.random.default_rng())
     return folder
 
 
 @pytest.fixture
-def side_by_side(stored):
+def side_by_side(stored, inputs):
     """The options of a fast run on two language models."""
     return f"""
-    evaluate --model {stored}/pruned --dense {stored}/dense --evaluation {stored}/text.txt --limit 5 --seqlen {SEQLEN}
+    evaluate --model {stored}/pruned --dense {stored}/dense --evaluation {inputs}/long.txt --limit 5 --seqlen {SEQLEN}
     """.split()
 
 
-def test_models_side_by_side(stored, side_by_side, tmp_path, capsys):
+def test_models_side_by_side(stored, inputs, side_by_side, tmp_path, capsys):
     shutil.copytree(stored / "dense", tmp_path / "copy")
     write_tasks(tmp_path / "mine")
     dense = f"{stored}/dense"
     pruned = f"{stored}/pruned"
-    texts = [str(stored / "text.txt"), str(stored / "other.txt")]
+    texts = [str(inputs / "long.txt"), str(inputs / "other.txt")]
     models = ["--model", f"{pruned},copy", "--evaluation", ",".join(texts)]
     more = "--tasks arc_easy,boolq --tasks_dir mine --batch_size 3 --save out/results.json"
     assert run(*side_by_side, *models, *more.split()) == 0
 
-    written = json.loads(Path("out/results.json").read_text())
+    written = read_json("out/results.json")
     assert list(written["models"]) == [dense, pruned, "copy"]
     assert written["dense"] == dense
     assert written["config"]["limit"] == 5
@@ -148,7 +143,7 @@ def test_image_classifiers_side_by_side(stored, capsys):
     )
     assert run("evaluate", *options.split(), "--batch_size", 5, "--save", "results.json") == 0
     assert "top-5" in capsys.readouterr().out
-    found = json.loads(Path("results.json").read_text())["models"]
+    found = read_json("results.json")["models"]
     assert list(found) == [name, f"{name} weights.safetensors"]
     for results, model in zip(found.values(), models, strict=True):
         assert results[f"{stored}/images"] == accuracies_of_images(model, stored / "images")
@@ -180,10 +175,10 @@ def test_refused_before_anything_is_measured(stored, side_by_side, refused, monk
 
 
 @pytest.fixture
-def prune_and_ask(stored):
+def prune_and_ask(stored, inputs):
     """The options of a fast pruning, after which the paper's tasks are measured."""
     return f"""
-    prune --model {stored}/dense --calibration {stored}/text.txt --evaluation {stored}/text.txt --num_samples 4
+    prune --model {stored}/dense --calibration {inputs}/long.txt --evaluation {inputs}/long.txt --num_samples 4
     --seqlen {SEQLEN} --limit 2 --eval_zero_shot --tasks_dir {stored}/tasks --save log --save_model model
     """.split()
 
@@ -191,14 +186,14 @@ def prune_and_ask(stored):
 def test_all_is_saved_before_the_tasks(prune_and_ask, monkeypatch):
     monkeypatch.setattr("wanda_lightning.cli.prune_command.zero_shot", lambda *_: os.stat("gone"))
     assert run(*prune_and_ask) == 2
-    assert json.loads(Path("log/pruning_report.json").read_text())["run"]["after"] > 1
+    assert read_json("log/pruning_report.json")["run"]["after"] > 1
     assert sparsity_of(AutoModelForCausalLM.from_pretrained("model"))["layers"] == 0.5
 
 
 def test_zero_shot_after_pruning(prune_and_ask, capsys):
     assert run(*prune_and_ask) == 0
     out = capsys.readouterr().out
-    measured = json.loads(Path("log/pruning_report.json").read_text())["run"]["zero_shot"]
+    measured = read_json("log/pruning_report.json")["run"]["zero_shot"]
     assert list(measured) == [*PAPER_TASKS, "mean"]
     pruned = AutoModelForCausalLM.from_pretrained("model")
     assert sparsity_of(pruned)["layers"] == 0.5

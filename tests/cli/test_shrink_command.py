@@ -1,6 +1,5 @@
 """`wanda-lightning shrink`, and `prune --shrink`: what is left computes the same."""
 
-import json
 import signal
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from support.cli import IGNORED_WARNINGS, everything_in, run
+from support.reports import read_json
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
@@ -40,7 +40,7 @@ def test_shrinks_a_language_model(structured, capsys, stream):
     capsys.readouterr()
     assert run("shrink", "--model", structured, "--save_model", "small", *stream) == 0
     assert capsys.readouterr().out == f"{TOOK}\nThe model is in small.\n"
-    assert json.loads(Path("small/config.json").read_text())["intermediate_size"] == 32
+    assert read_json("small/config.json")["intermediate_size"] == 32
     assert_close(logits("small"), logits(structured), rtol=1e-4, atol=1e-5)
     assert everything_in(Path("small"))["tokenizer.json"] == before["tokenizer.json"]
     assert everything_in(Path(structured)) == before

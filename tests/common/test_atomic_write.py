@@ -120,7 +120,7 @@ def test_nothing_is_left_on_a_full_disk(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("theirs", [["theirs"], []], ids=["taken", "cannot be moved"])
+@pytest.mark.parametrize("theirs", [["theirs"], []])
 def test_a_folder_that_cannot_be_completed_is_not_lost(tmp_path, monkeypatch, theirs):
     """Its place is taken meanwhile, or its files cannot be moved."""
     writing = atomic_folder(tmp_path)

@@ -37,7 +37,6 @@ def test_rows_are_weighed_by_the_root_of_their_weights():
         Selection(Wanda(), Unstructured("layer"), 0.5, some_row_weights()),
         Selection(Wanda(), WEIGHED, 0.5),
     ],
-    ids=["pattern without weights", "no weights"],
 )
 def test_rows_count_the_same_unless_the_pattern_weighs_them_and_has_weights(selection):
     weight, tokens = random_layer()

@@ -9,7 +9,7 @@ import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from support.callbacks import SaveAt, trainer
+from support.callbacks import SaveAt, batches_of_each_step, validate_module
 from support.cli import save_noise
 from support.data import images_of, opened, paint, vit
 from support.layers import rng
@@ -76,22 +76,9 @@ def test_training_on_digits_shuffles_by_the_seed_and_mirrors_nothing():
     assert in_any_order(other) == in_any_order(calibration)
 
 
-class Reading(ImageClassifierModule):
-    """Records the images of each step."""
-
-    def __init__(self):
-        super().__init__(vit(), num_classes=10)
-        self.seen = []
-
-    def training_step(self, batch, batch_idx):
-        self.seen.append(batch[0].tolist())
-        return super().training_step(batch, batch_idx)
-
-
 def images_of_each_step(data, *callbacks, **options):
-    module = Reading()
-    trainer(*callbacks, max_epochs=2, limit_val_batches=0).fit(module, datamodule=data, **options)
-    return module.seen
+    module = ImageClassifierModule(vit(), num_classes=10)
+    return batches_of_each_step(module, data, *callbacks, **options)
 
 
 def test_a_run_that_is_resumed_at_any_step_reads_the_batches_of_an_uninterrupted_one(tmp_path):
@@ -121,7 +108,7 @@ def test_transforms_come_from_the_model_of_the_trainer(monkeypatch):
     for channels in (1, 3):
         module = ImageClassifierModule(vit(in_chans=channels), num_classes=10)
         module.model.register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape)))
-        trainer().validate(module, data, verbose=False)
+        validate_module(module, data=data)
     assert shapes == [(images, channels, 16, 16) for channels in (1, 3) for images in (50, 10)]
 
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.callbacks import SaveAt, trainer
+from support.callbacks import SaveAt, trainer, validate_module
 from support.data import byte_tokenizer
 from support.modules import tiny_llama
 
@@ -89,6 +89,6 @@ def test_the_dense_model_writes_the_text_that_it_is_calibrated_on():
     expected = sample_windows(module.model, tokenizer, 9, 16, seed=1, progress=False)
     data = TextDataModule(tokenizer, calibration="self", seqlen=16, num_samples=9, seed=1, limit=4)
     callback = PruningCallback(num_samples=9, method="sparsegpt", recovery="distill")
-    trainer(callback).validate(module, data, verbose=False)
+    validate_module(module, callback, data=data)
     assert torch.equal(data.calibration_windows, expected)
     assert callback.report.sparsity == pytest.approx(0.5, abs=0.01)

@@ -6,7 +6,7 @@ from pydoc_data.topics import topics
 import datasets
 import pytest
 import torch
-from support.callbacks import SaveAt, trainer
+from support.callbacks import SaveAt, batches_of_each_step, validate_module
 from support.data import (
     byte_tokenizer,
     documents,
@@ -208,9 +208,9 @@ def test_tokens_without_an_embedding_are_refused_before_any_batch(tokenizer):
     data = TextDataModule(tokenizer, seqlen=32, num_samples=2, limit=2)
     message = r"^input_ids must be from 0 to 96, since the model has 97 embeddings, but one is \d+"
     with pytest.raises(ValueError, match=message):
-        trainer().validate(module, data, verbose=False)
+        validate_module(module, data=data)
     data._cut["python-docs"] = torch.zeros(2, 32, dtype=torch.long)
-    trainer().validate(module, data, verbose=False)
+    validate_module(module, data=data)
     with pytest.raises(ValueError, match=message):
         data.calibration_dataloader()
 
@@ -223,22 +223,10 @@ def test_another_tokenizer_than_the_models_own_is_refused(tokenizer, monkeypatch
     reverse = byte_tokenizer(reverse=True)
     module = language_model(257, reverse)
     for given in (None, reverse, byte_tokenizer(reverse=True)):
-        trainer().validate(module, TextDataModule(given, seqlen=32, limit=2), verbose=False)
+        validate_module(module, data=TextDataModule(given, seqlen=32, limit=2))
     message = "^tokenizer must be the tokenizer of the model, but .* splits the text diff"
     with pytest.raises(ValueError, match=message):
-        trainer().validate(module, TextDataModule(tokenizer, seqlen=32, limit=2), verbose=False)
-
-
-class Reading(CausalLMModule):
-    """Records the batches of each step."""
-
-    def __init__(self, **options):
-        super().__init__(tiny_llama(vocab_size=300), **options)
-        self.seen = []
-
-    def training_step(self, batch, batch_idx):
-        self.seen.append(batch["input_ids"].tolist())
-        return super().training_step(batch, batch_idx)
+        validate_module(module, data=TextDataModule(tokenizer, seqlen=32, limit=2))
 
 
 @pytest.mark.parametrize("lr_decay", [False, True])
@@ -247,11 +235,10 @@ def test_a_run_that_is_resumed_at_any_step_reads_the_batches_of_an_uninterrupted
     tmp_path, limit, lr_decay
 ):
     def fit(*callbacks, **options):
-        module = Reading(lr_decay=lr_decay)
+        module = CausalLMModule(tiny_llama(vocab_size=300), lr_decay=lr_decay)
         data = TextDataModule(byte_tokenizer(), seqlen=32, num_samples=16, limit=1)
-        lengths = {"max_epochs": 2, "limit_train_batches": limit, "limit_val_batches": 0}
-        trainer(*callbacks, **lengths).fit(module, data, **options)
-        return module.seen
+        options["limit_train_batches"] = limit
+        return batches_of_each_step(module, data, *callbacks, **options)
 
     whole = fit(SaveAt(tmp_path, *range(1, 8)))
     assert whole[0] != whole[len(whole) // 2]  # each epoch has an order of its own

@@ -46,7 +46,7 @@ def train(model, optimizer, device, clip=None):
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", [SGD, ADAMW])
 @pytest.mark.parametrize("moves", ["before", "after"])
 def test_zeros_are_kept_in_plain_loops(optimizer, moves):
     """The model may also move after the call of `keep_zeros`, as Fabric and accelerate move it."""
@@ -159,7 +159,6 @@ FITS = {
         (FITS["wanda"], partial(Net, ADAMW)),
         (FITS["wanda"], Manual),
     ],
-    ids=[*FITS, "AdamW", "manual optimization"],
 )
 def test_fit(callbacks, make):
     nets = []

@@ -12,12 +12,11 @@ from support.pair_cases import prune_batch_norms
 from support.quiet import prune
 from support.refusals import state_of
 from support.samples import calls_of
-from support.zoo import ZOO, model_of, run, seeded
+from support.zoo import ZOO, cast, model_of, run, seeded
 from timm.layers import BatchNormAct2d
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
-from torch.utils._pytree import tree_map_only
 from torchvision.ops import FrozenBatchNorm2d, Permute
 
 from wanda_lightning import Distill
@@ -172,9 +171,7 @@ CASES += [(partial(one_layer, *row), vectors(3, 4), LINEAR) for row in LAYERS]
 def test_it_equals_the_slow_version(make, batches, choices, dtype, at_once, monkeypatch):
     monkeypatch.setattr(batch_norm, "_AT_ONCE", at_once)
     dense = warmed(make()).to(dtype)
-    batches = tree_map_only(
-        torch.Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, batches
-    )
+    batches = cast(batches, dtype)
     without, corrected, report = both(dense, batches, **choices)
     assert all(map(torch.equal, without.parameters(), corrected.parameters()))
     assert_same(statistics(without), statistics(dense))

@@ -1,11 +1,11 @@
 """The table of several models, and sparsity against counts by hand."""
 
 import io
-import json
 from importlib.metadata import version
 
 import torch
 from rich.console import Console
+from support.reports import read_json
 from torch import nn
 
 from wanda_lightning.evaluation import Evaluation, sparsity_of
@@ -78,7 +78,7 @@ def test_a_model_may_lack_a_result():
 def test_all_numbers_are_saved_unrounded(tmp_path):
     models = {"one": {"a.txt": {"perplexity": 1 / 3, "windows": 2}}}
     Evaluation(models, config={"limit": 2, "path": tmp_path}).save(tmp_path / "results.json")
-    written = json.loads((tmp_path / "results.json").read_text())
+    written = read_json(tmp_path / "results.json")
     assert written["models"] == models
     assert written["config"] == {"limit": 2, "path": str(tmp_path)}
     assert written["versions"]["torch"] == version("torch")

@@ -1,9 +1,9 @@
 """Zero-shot accuracy against prompts and log-likelihoods written by hand, and documents that are refused."""
 
-import copy
 import json
 import math
 import re
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -41,7 +41,7 @@ def test_a_limit_takes_the_first_documents_and_the_model_stays_as_it_was(tmp_pat
     model = tiny_llama(3).train()
     model.model.layers[0].eval()  # frozen
     modes = [module.training for module in model.modules()]
-    before = copy.deepcopy(model)
+    before = deepcopy(model)
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = "!"
     measured = zero_shot(model, tokenizer, load_tasks(["arc_easy", "rte"], tmp_path), limit=1)
@@ -74,9 +74,7 @@ UNFIT = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"), UNFIT, ids=[f"{n} {m[:30]}" for n, _, m in UNFIT]
-)
+@pytest.mark.parametrize(("name", "content", "message"), UNFIT)
 def test_documents_that_do_not_fit(tmp_path, name, content, message):
     (tmp_path / f"{name}.jsonl").write_text(content)
     with pytest.raises(ValueError, match=re.escape(message)):

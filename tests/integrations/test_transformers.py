@@ -1,12 +1,11 @@
 """Zeros stay zero in the Trainer of transformers."""
 
-import json
-
 import pytest
 import torch
 from support.layers import assert_same, rng
 from support.modules import tiny_llama
 from support.quiet import prune
+from support.reports import read_json
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -107,9 +106,7 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(restore, tmp_path):
     options["restore_callback_states_from_checkpoint"] = restore
     whole = trained(tmp_path, KeepZerosCallback(), ZeroByChance(), **options)
     checkpoint = tmp_path / "checkpoint-2"
-    saved = json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"][
-        "KeepZerosCallback"
-    ]
+    saved = read_json(checkpoint / "trainer_state.json")["stateful_callbacks"]["KeepZerosCallback"]
     assert len(saved["attributes"]["held"]["layers"]) == 14
     assert saved["attributes"]["held"]["unheld_zeros"].keys() == {"model.layers.0.mlp.up_proj"}
     again = pruned_llama()
@@ -131,9 +128,7 @@ def test_a_run_that_began_without_it_can_go_on_with_it(tmp_path):
     )
     run.add_callback(KeepZerosCallback())
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    saved = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())[
-        "stateful_callbacks"
-    ]
+    saved = read_json(tmp_path / "checkpoint-2" / "trainer_state.json")["stateful_callbacks"]
     assert "held" in saved["KeepZerosCallback"]["attributes"]
 
 

@@ -1,7 +1,7 @@
 """The language half of vision-language models, pruned with images in the calibration batches."""
 
-import copy
 import itertools
+from copy import deepcopy
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def test_images_reach_the_statistics(name, method):
         # Or `Distill` trains the norms and biases of the vision model, too.
         model.requires_grad_(False)
         model.model.language_model.requires_grad_(True)
-        dense = copy.deepcopy(model)
+        dense = deepcopy(model)
         report = prune(model, change(batches), 0.5, method=method, only=[LANGUAGE])
         assert_half_of_the_language_model(model, dense, report)
         if method == "wanda":

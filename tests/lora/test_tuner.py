@@ -1,7 +1,5 @@
 """The options of adapters, layers that cannot take one, and the folder of a saved one."""
 
-import json
-
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -18,6 +16,7 @@ from support.lora import (
     sparse_layer,
     zeros_of,
 )
+from support.reports import read_json
 from torch import nn
 
 from wanda_lightning.lora import (
@@ -59,7 +58,7 @@ def test_a_saved_adapter_can_be_loaded(adapted, tmp_path):
 def test_the_configuration_of_a_saved_adapter_can_be_loaded(adapted, tmp_path):
     adapted.save_pretrained(tmp_path)
     assert isinstance(KeepZerosLoraConfig.from_pretrained(tmp_path), KeepZerosLoraConfig)
-    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    saved = read_json(tmp_path / "adapter_config.json")
     # As version 0.3 wrote it.
     assert saved["peft_type"] == (
         "WANDA_LIGHTNING_KEEP_ZEROS_LORA "

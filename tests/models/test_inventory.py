@@ -12,7 +12,6 @@ from support.tiny import on_meta
 from support.zoo import ZOO, matching, matrices, model_of
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
-from transformers.pytorch_utils import Conv1D
 
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import SkipReason, find_layers
@@ -234,10 +233,7 @@ def int8_linear():
 
 
 ONE_LAYER = {
-    "linear": (lambda: nn.Linear(8, 8), {}),
     "inheriting": (lambda: nn.modules.linear.NonDynamicallyQuantizableLinear(8, 8), {}),
-    "conv1d_of_gpt2": (lambda: Conv1D(8, 8), {}),
-    "convolution": (lambda: nn.Conv2d(8, 8, 3), {}),
     "parametrized_bias": (lambda: weight_norm(nn.Linear(8, 8), "bias"), {}),
     "vector_norm": (lambda: nn.LayerNorm(8), None),
     "matrix_norm": (
@@ -250,8 +246,6 @@ ONE_LAYER = {
     ),
     "depthwise": (lambda: nn.Conv2d(8, 8, 3, groups=8), {"part": "depthwise convolution"}),
     "depthwise_wider": (lambda: nn.Conv2d(8, 16, 3, groups=8), {"part": "depthwise convolution"}),
-    "image": (lambda: nn.Conv2d(3, 8, 3), {"part": "stem: reads the raw"}),
-    "embedding": (lambda: nn.Embedding(8, 8), {"part": "embedding"}),
     "embedding_bag": (lambda: nn.EmbeddingBag(8, 8), {"part": "embedding"}),
     "int8": (int8_linear, {"part": "int8 weights"}),
     "float8": (lambda: nn.Linear(8, 8).to(torch.float8_e4m3fn), {"part": "float8_e4m3fn weights"}),

@@ -1,6 +1,6 @@
 """Which matrices are skipped or refused, and what their reasons say."""
 
-import copy
+from copy import deepcopy
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from support.layers import assert_same
 from support.mlps import relu_mlp
 from support.quiet import prune
-from support.zoo import batches_of, model_of
+from support.zoo import batches_of, model_of, number_of_weights
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -129,12 +129,12 @@ def test_quantized_layers_are_refused_by_name(name):
         report = prune(model, None, criterion="magnitude", **choice)
         assert [layer.name for layer in report.layers] == ["plain"]
         assert matrix in [matrix.name for matrix in report.skipped]
-        assert report.parameters == sum(parameter.numel() for parameter in model.parameters())
+        assert report.parameters == number_of_weights(model)
 
 
 def test_of_a_layer_with_adapters_the_base_is_pruned():
     model = model_of("llama")
-    plain = copy.deepcopy(model)
+    plain = deepcopy(model)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"]))
     report = prune(adapted, batches_of("llama"))
     prune(plain, batches_of("llama"))

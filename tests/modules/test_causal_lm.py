@@ -129,8 +129,7 @@ def test_calibration_runs_all_blocks_and_no_head():
 @pytest.mark.parametrize("tied", [False, True])
 def test_saves_an_ordinary_folder(tmp_path, tied):
     model = tiny_llama(tie_word_embeddings=tied)
-    with torch.no_grad():
-        model.model.layers[0].mlp.up_proj.weight[:, ::2] = 0
+    model.model.layers[0].mlp.up_proj.weight.data[:, ::2] = 0
     folder = tmp_path / "new" / "model"
     CausalLMModule(model, tiny_tokenizer()).save_pretrained(folder)
 
@@ -147,8 +146,7 @@ def test_overwrites_the_folder_that_it_was_loaded_from(tmp_path):
     module = CausalLMModule(str(tmp_path))
     assert module.model.training
     assert module.tokenizer is None
-    with torch.no_grad():
-        module.model.lm_head.weight.zero_()
+    module.model.lm_head.weight.data.zero_()
     module.save_pretrained(tmp_path, overwrite=True)
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path), module.model)
 
@@ -173,8 +171,7 @@ def test_a_dtype_in_yaml_stays_a_name():
 def test_loads_from_a_checkpoint(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "model")
     module = CausalLMModule(str(tmp_path / "model"), lr=0.5)
-    with torch.no_grad():
-        module.model.lm_head.weight.zero_()
+    module.model.lm_head.weight.data.zero_()
     run = trainer()
     run.strategy.connect(module)
     run.save_checkpoint(tmp_path / "last.ckpt")

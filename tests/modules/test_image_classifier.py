@@ -4,7 +4,7 @@ import lightning as L
 import pytest
 import timm
 import torch
-from support.callbacks import same, trainer
+from support.callbacks import same, trainer, validate_module
 from support.modules import CONVNEXT, VIT, tiny_vit
 from torch import nn
 from torch.utils.data import DataLoader
@@ -61,11 +61,11 @@ def test_an_interrupted_loop_does_not_change_the_next_one():
     module = tiny_vit()
     samples = list(zip(torch.randn(6, 3, 32, 32), torch.arange(6), strict=True))
     whole = DataLoader(samples[3:])
-    expected = trainer().validate(module, whole, verbose=False)
+    expected = validate_module(module, data=whole)
     without_label = DataLoader([*samples[:3], (torch.zeros(3, 32, 32),)])
     with pytest.raises(TypeError, match="must be Tensor, not NoneType"):
-        trainer().validate(module, without_label, verbose=False)
-    assert trainer().validate(module, whole, verbose=False) == expected
+        validate_module(module, data=without_label)
+    assert validate_module(module, data=whole) == expected
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from support.callbacks import same
 from support.gguf import write_gguf
 from support.modules import VIT, tiny_llama, tiny_tokenizer, tiny_vit
+from support.reports import read_json
 from support.tiny import tiny
 from support.zoo import other
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config
@@ -37,7 +38,7 @@ def test_gguf_becomes_an_ordinary_model(tmp_path):
     )
     assert module.tokenizer("theta", add_special_tokens=False).input_ids == [29, 21, 2]
     module.save_pretrained(tmp_path / "model")
-    assert "quantization_config" not in json.loads((tmp_path / "model" / "config.json").read_text())
+    assert "quantization_config" not in read_json(tmp_path / "model" / "config.json")
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), module.model)
     assert AutoTokenizer.from_pretrained(tmp_path / "model").tokenize(
         "theta"
@@ -164,7 +165,7 @@ def text(content):
 
 
 def changed(**fields):
-    return lambda path: path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    return lambda path: path.write_text(json.dumps({**read_json(path), **fields}))
 
 
 def stored(change):

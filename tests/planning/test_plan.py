@@ -205,14 +205,6 @@ def test_what_is_impossible_is_refused_before_a_batch_is_read(make, choices, mes
         assert re.search(message, refusal(make(), Untouched(), sequential=sequential, **choices))
 
 
-@pytest.mark.parametrize(
-    ("model", "found"), [([torch.zeros(2, 8)], "a list"), (None, "None"), (Chain, "the class Cha")]
-)
-def test_the_model_comes_first(model, found):
-    with pytest.raises(ValueError, match=rf"^model must be a torch\.nn\.Module, but it is {found}"):
-        prune(model, build())
-
-
 # ---- numbers that are not finite
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.util
-import json
 import re
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from support.cli import IGNORED_WARNINGS
+from support.reports import read_json
 
 from wanda_lightning import cli
 
@@ -69,7 +69,7 @@ def run(*arguments):
 
 
 def rows(out="out"):
-    return json.loads(Path(out, "results.json").read_text())
+    return read_json(Path(out, "results.json"))
 
 
 def times(out="out"):
@@ -141,7 +141,7 @@ def test_published_numbers_stand_beside_what_was_measured(capsys, request):
     published = [(row["cell"], row["published"]) for row in others]
     assert published == [("magnitude_50", None), ("wanda_2to4", 222.25), ("broken", None)]
     for row in others[:2]:
-        report = json.loads(Path("out/tiny/1B", row["cell"], "pruning_report.json").read_text())
+        report = read_json(Path("out/tiny/1B", row["cell"], "pruning_report.json"))
         assert row["ours"] == report["run"]["after"]
         assert dense["ours"] == report["run"]["before"]
         assert row["sparsity"] == 0.5

@@ -1,7 +1,6 @@
 """What every recipe promises: its first lines, and that it runs, here with a tiny model, few data and two steps."""
 
 import ast
-import json
 import re
 import runpy
 import shlex
@@ -15,6 +14,7 @@ import yaml
 from support.cli import IGNORED_WARNINGS, run
 from support.layers import assert_same
 from support.mlps import relu_mlp
+from support.reports import read_json
 from timm.models import save_for_hf
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
@@ -87,7 +87,7 @@ def choices_of(path):
 
 
 def saved_model(folder):
-    if "architecture" in json.loads(Path(folder, "config.json").read_text()):
+    if "architecture" in read_json(Path(folder, "config.json")):
         return timm.create_model(f"local-dir:{folder}", pretrained=True)
     return AutoModelForCausalLM.from_pretrained(folder)
 

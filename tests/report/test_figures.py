@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 from support.pairwise import with_nightly
 from support.quiet import prune
-from support.zoo import ZOO, batches_of, model_of
+from support.zoo import ZOO, batches_of, model_of, number_of_weights
 
 from wanda_lightning.report.figures import (
     Grid,
@@ -75,7 +75,7 @@ EACH = pytest.mark.parametrize(
 def test_every_parameter_is_counted_once(name):
     model, report = pruned(name)
     bars = weights_by_kind(report)
-    assert sum(bar.size for bar in bars) == sum(weight.numel() for weight in model.parameters())
+    assert sum(bar.size for bar in bars) == number_of_weights(model)
     assert sum(bar.zeros for bar in bars) == sum(layer.zeros for layer in report.layers)
     assert len({bar.name for bar in bars}) == len(bars)
 

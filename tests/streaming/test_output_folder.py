@@ -1,6 +1,5 @@
 """Runs that were interrupted go on where they were, and with nothing else than they began with."""
 
-import json
 import os
 import shutil
 import signal
@@ -20,6 +19,7 @@ from support.disk import (
     weights,
 )
 from support.pairwise import with_nightly
+from support.reports import read_json
 from transformers import AutoModelForCausalLM
 
 from wanda_lightning.common.model_source import ModelSource
@@ -57,7 +57,7 @@ def test_a_killed_run_continues_where_it_was(source_for, streamed, tmp_path, nam
             == -signal.SIGKILL
         )
         assert (out / "config.json").exists() == (after == 5)
-        assert len(json.loads((out / PROGRESS_NAME).read_text())["written"]) == after
+        assert len(read_json(out / PROGRESS_NAME)["written"]) == after
     report = stream(source_for(name), out, batches(), **CHOICES[name])
     assert contents(out) == contents(whole)
     assert replace(report, seconds={}) == replace(expected, seconds={})

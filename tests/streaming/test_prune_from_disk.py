@@ -1,7 +1,6 @@
 """What is pruned block by block equals what is pruned in memory."""
 
 import itertools
-import json
 import re
 from functools import partial
 
@@ -20,6 +19,7 @@ from support.disk import (
 )
 from support.pairwise import with_nightly
 from support.quiet import prune
+from support.reports import read_json
 from support.zoo import causal, names, other
 from transformers import (
     AutoModelForCausalLM,
@@ -139,9 +139,9 @@ def test_what_transformers_does_not_load_is_copied(tmp_path, caplog, size):
     in_memory(tmp_path / "source", tmp_path / "memory", samples, method="wanda")
     report = stream(tmp_path / "source", tmp_path / "disk", samples, method="wanda")
     assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory") | predictions)
-    listed = json.loads((tmp_path / "disk/model.safetensors.index.json").read_text())["weight_map"]
+    listed = read_json(tmp_path / "disk/model.safetensors.index.json")["weight_map"]
     assert all(name in load_file(tmp_path / "disk" / listed[name]) for name in predictions)
-    assert json.loads((tmp_path / "disk/config.json").read_text())["num_nextn_predict_layers"] == 1
+    assert read_json(tmp_path / "disk/config.json")["num_nextn_predict_layers"] == 1
     note = "transformers does not load 2 stored tensors, mtp.fc.weight first: copied as stored"
     assert note in report.notes[-1]
     assert note in caplog.text
@@ -154,7 +154,7 @@ def test_what_may_not_fit_fewer_experts_is_left_out(tmp_path, caplog, sequential
     choices = {"pattern": "experts", "sequential": sequential}
     report = stream(tmp_path / "source", tmp_path / "disk", samples, **choices)
     assert not predictions.keys() & weights(tmp_path / "disk").keys()
-    assert json.loads((tmp_path / "disk/config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert read_json(tmp_path / "disk/config.json")["num_nextn_predict_layers"] == 0
     note = "transformers does not load 2 stored tensors, mtp.fc.weight first: left out"
     assert note in report.notes[-1]
     assert "num_nextn_predict_layers is now 0" in report.notes[-1]

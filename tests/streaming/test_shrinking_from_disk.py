@@ -1,6 +1,5 @@
 """A model that is shrunk block by block equals the one that is shrunk in memory."""
 
-import json
 from functools import partial
 
 import pytest
@@ -9,6 +8,7 @@ import transformers as hf
 from support.disk import add_predictions, count_blocks, same, weights
 from support.layers import rng
 from support.quiet import prune
+from support.reports import read_json
 from support.tiny import tiny
 from support.zoo import causal, seeded
 from torch.testing import assert_close
@@ -52,8 +52,7 @@ def test_equals_the_model_that_was_shrunk_in_memory(name, allocation, tmp_path):
     )
     assert not any(loaded.values())
     assert same(small.state_dict(), model.state_dict())
-    with torch.no_grad():
-        assert_close(small(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+    assert_close(small(IDS).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:The model .* has no place")
@@ -62,7 +61,7 @@ def test_what_may_not_fit_is_left_out(tmp_path, caplog):
     predictions = add_predictions(tmp_path / "zeros")
     report = wl.shrink_from_disk(tmp_path / "zeros", tmp_path / "small")
     assert not predictions.keys() & weights(tmp_path / "small").keys()
-    assert json.loads((tmp_path / "small/config.json").read_text())["num_nextn_predict_layers"] == 0
+    assert read_json(tmp_path / "small/config.json")["num_nextn_predict_layers"] == 0
     note = "transformers does not load 2 stored tensors, mtp.fc.weight first: left out"
     assert note in str(report)
     assert note in caplog.text

@@ -1,7 +1,7 @@
 """A small module and its training, shared by the tests of the callbacks."""
 
-import copy
 import signal
+from copy import deepcopy
 from functools import cache, partial
 
 import lightning as L
@@ -10,10 +10,11 @@ from lightning.pytorch.trainer.connectors import callback_connector
 from support import forks
 from support.layers import rng
 from support.quiet import prune
-from support.zoo import model_of
+from support.zoo import model_of, run
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.optimizer import _global_optimizer_post_hooks
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
 from wanda_lightning import Schedule
@@ -61,6 +62,29 @@ class Net(L.LightningModule):
     def configure_optimizers(self):
         self.used_optimizer = self.optimizer(self.parameters())
         return self.used_optimizer
+
+
+class OfZoo(L.LightningModule):
+    """A model of the zoo, on its own batches."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.pruning_target = model_of(name).train()
+
+    def forward(self, *args, **kwargs):
+        return self.pruning_target(*args, **kwargs)
+
+    def training_step(self, batch, batch_idx):
+        return run(self.pruning_target, batch).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        run(self.pruning_target, batch)
+
+    def test_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 def samples(count=12, seed=0, shift=0.0):
@@ -166,7 +190,7 @@ class Notes(L.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step not in self.at:  # accumulating
-            self.at[trainer.global_step] = copy.deepcopy(pl_module.state_dict())
+            self.at[trainer.global_step] = deepcopy(pl_module.state_dict())
 
 
 class Manual(Net):
@@ -258,6 +282,24 @@ class Recorder(Net):
 
     def validation_step(self, batch, batch_idx):
         self.trained.append(batch)
+
+
+class Reader(L.Callback):
+    """Records the first tensor of each batch of training."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.seen.append(tree_leaves(batch)[0].tolist())
+
+
+def batches_of_each_step(module, data, *callbacks, **options):
+    """Fit for two epochs, or go on from a checkpoint; return the batches."""
+    reader = Reader()
+    options |= {"max_epochs": 2, "limit_val_batches": 0}
+    fit_module(module, reader, *callbacks, data=data, **options)
+    return reader.seen
 
 
 def tagged(tag, count=4):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from support.layers import rng
 from support.quiet import prune
 from support.refusals import bits
+from support.reports import read_json
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from wanda_lightning import OWL, PerLayer, Reconstruct, prune_from_disk
@@ -78,7 +79,7 @@ def add_predictions(folder):
     for (name, tensor), file in zip(tensors.items(), (files[0], files[-1]), strict=True):
         save_file({**load_file(file), name: tensor}, file, metadata={"format": "pt"})
         if index.exists():
-            listed = json.loads(index.read_text())
+            listed = read_json(index)
             listed["weight_map"][name] = file.name
             index.write_text(json.dumps(listed))
     return tensors

@@ -26,10 +26,10 @@ import timm
 import torch
 import transformers as hf
 from support.quiet import prune
-from support.zoo import CannotBuild, double, matrices, outputs, without_cache
+from support.zoo import CannotBuild, cast, matrices, outputs, without_cache
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from wanda_lightning import ImageClassifierModule, Structured, shrink
@@ -212,7 +212,7 @@ def _compare(dense, batches):
         # Grouped products are not intercepted, and have no float64.
         model.set_experts_implementation("eager")
     narrow = deepcopy(model)
-    wide_batches = tree_map_only(Tensor, double, batches)
+    wide_batches = cast(batches)
     try:
         model.double()
         for batch in wide_batches:
@@ -448,7 +448,7 @@ def _floats(model, batch, wide):
     batch = deepcopy(batch)  # a model may write into its input
     if wide:
         model = deepcopy(model).double()
-        batch = tree_map_only(Tensor, double, batch)
+        batch = cast(batch)
     torch.manual_seed(0)
     return _floating_point(_outputs(model, batch))
 

@@ -1,6 +1,6 @@
 """Models and callbacks that check the zeros after every optimizer step."""
 
-import copy
+from copy import deepcopy
 from functools import partial
 
 import lightning as L
@@ -91,7 +91,7 @@ class LooksAtZeros(Net):
     def training_step(self, batch, batch_idx):
         if self.pruned is None and self.trainer.global_step >= self.from_step:
             self.pruned = zeros(self)
-            self.first_weights = copy.deepcopy(self.state_dict())
+            self.first_weights = deepcopy(self.state_dict())
         self.look()
         self.look_at_state()
         return super().training_step(batch, batch_idx)

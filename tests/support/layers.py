@@ -38,6 +38,10 @@ def random_layer(dtype=torch.float32, seed=0, shape=SHAPE, tokens=40):
     return weight.to(dtype), inputs.to(dtype)
 
 
+def wide_layer():
+    return random_layer(shape=WIDE, tokens=500)
+
+
 def correlated_layer(seed, dtype=torch.float32, shape=(24, 96), tokens=600):
     """A layer with correlated inputs, where the kept weights can compensate for the pruned ones."""
     generator = rng(seed)

@@ -2,6 +2,7 @@
 
 import torch
 from peft import get_peft_model
+from support.callbacks import zeros as zeros_of
 from support.layers import rng
 from support.modules import tiny_llama
 from support.quiet import prune
@@ -47,13 +48,6 @@ def pruned(model, sparsity):
 def config(**options):
     options = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, **options}
     return KeepZerosLoraConfig(**options)
-
-
-def zeros_of(model):
-    """Where the matrices of a model without adapters are zero, by name."""
-    return {
-        name: weight.detach() == 0 for name, weight in model.named_parameters() if weight.ndim == 2
-    }
 
 
 def randomize(model, seed=0):

@@ -19,6 +19,31 @@ class IntoItsDtype(nn.Linear):
         return y
 
 
+class AdamByHand:
+    """Adam on the kept weights, each tensor with the learning rate times the root of its mean square."""
+
+    def __init__(self, parameters, learning_rate, decay):
+        self.parameters = parameters
+        self.keep = [(p != 0) | (p.ndim < 2) for p in parameters]
+        kept = [p.detach()[mask] for p, mask in zip(parameters, self.keep, strict=True)]
+        self.rates = [learning_rate * weights.square().mean().sqrt() for weights in kept]
+        self.mean = [0.0] * len(parameters)
+        self.square = [0.0] * len(parameters)
+        self.decay = decay  # of the squares
+        self.steps = 0
+
+    def step(self, loss, factor=1.0):
+        gradients = torch.autograd.grad(loss, self.parameters)
+        self.steps += 1
+        for index, parameter in enumerate(self.parameters):
+            gradient = gradients[index] * self.keep[index]
+            self.mean[index] = 0.9 * self.mean[index] + 0.1 * gradient
+            self.square[index] = self.decay * self.square[index] + (1 - self.decay) * gradient**2
+            up = self.mean[index] / (1 - 0.9**self.steps)
+            down = (self.square[index] / (1 - self.decay**self.steps)).sqrt() + 1e-8
+            parameter.data -= factor * self.rates[index] * up / down
+
+
 def pruned_with_and_without(dense, batches, sparsity=0.5, recovery=None, **choices):
     """The model that is pruned without the recovery, the one with it, and its report."""
     start = deepcopy(dense)

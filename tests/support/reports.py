@@ -1,7 +1,9 @@
-"""Reports of models that are too large to prune in a test, and a reader of pages."""
+"""Reports of models that are too large to prune in a test, and readers of pages and of JSON."""
 
+import json
 import math
 from html.parser import HTMLParser
+from pathlib import Path
 
 from wanda_lightning import PruningReport
 from wanda_lightning.models import SkippedMatrix, SkipReason
@@ -13,6 +15,11 @@ from wanda_lightning.report import (
     Training,
     TrainingPass,
 )
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text())
+
 
 SHAPES = {
     "self_attn.q_proj": (576, 576),

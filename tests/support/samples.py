@@ -76,7 +76,6 @@ def gradients(
             blocks,
             pruning.samples,
             lambda _: None,
-            processes,
             GradientLimit(samples, predictions),
             {},
         )

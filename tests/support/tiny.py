@@ -57,7 +57,6 @@ _SIZES: list[tuple[int, str]] = [  # the first pattern that a name matches as a 
         16,
         r"[qkvo]+_lora_rank|(qk|index|attention)_head_dim|mamba_(d_head|headdim|head_dim)|rank|conv_dim|num_filters",
     ),
-    (16, r"num_feature_channels"),
     (32, r"image_size|crop_size|(prompt|segment)_types|.*num_buckets|num_centroids"),
     (
         HEAD,
@@ -131,19 +130,14 @@ _SWIN = {
     "depths": [2, 2],
     "num_heads": [2, 4],
     "window_size": 4,
-    "image_size": 32,
-    "patch_size": 4,
 }
 MORE: dict[str, dict[str, Any]] = {
-    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 16},
+    "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10_000.0}},
-    "deepseek_v2": {"num_key_value_heads": HEADS, "num_experts_per_tok": 2},
+    "deepseek_v2": {"num_experts_per_tok": 2},
     "dory": {
         "num_hidden_layers": 6,
-        "n_input_layers": 2,
-        "n_recurrent_layers": 2,
-        "n_output_layers": 2,
         "layer_types": ["sliding_attention", "full_attention"] * 3,
     },
     "dots1": {"n_routed_experts": EXPERTS, "n_shared_experts": 1, "num_experts_per_tok": 2},
@@ -159,16 +153,13 @@ MORE: dict[str, dict[str, Any]] = {
     "gemma4_assistant": {
         "_first": {"text_config": _SHARING},
         "text_config": _SHARING,
-        "backbone_hidden_size": HIDDEN,
     },
     "gemma4_unified_text": {"global_head_dim": HEAD},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {
         "layer_types": ["linear_attention", "full_attention"],
-        "mamba_n_heads": 4,
-        "mamba_d_head": 16,
     },
-    "hrm_text": {"num_hidden_layers": 2, "num_layers_per_stack": None},
+    "hrm_text": {"num_layers_per_stack": None},
     "hunyuan_v1_dense": {"head_dim": HEAD},
     "hunyuan_v1_moe": {"head_dim": HEAD},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 4},
@@ -177,17 +168,16 @@ MORE: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
     },
     "llama": {"num_key_value_heads": 2},
-    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 2},
-    "ministral": {"head_dim": HEAD, "num_key_value_heads": 2},
-    "nemotron": {"head_dim": HEAD, "num_key_value_heads": 2},
-    "nemotron_h": {"n_groups": 2, "mamba_num_heads": 4},
+    "mamba2": {"head_dim": 16, "n_groups": 2},
+    "ministral": {"head_dim": HEAD},
+    "nemotron": {"num_key_value_heads": 2},
+    "nemotron_h": {"n_groups": 2},
     "qwen2_5_vl_vision": {"window_size": 32},
     # Otherwise transformers 5.2 takes image tokens for the start of others.
     "qwen2_vl": {"vision_start_token_id": 1},
     "qwen2_vl_text": {"rope_parameters": {**ROPE, "mrope_section": [2, 1, 1]}},
     "qwen2_5_vl_text": {"rope_parameters": {**ROPE, "mrope_section": [2, 1, 1]}},
     "qwen4_exp_text": {
-        "num_experts_per_tok": 2,
         "indexer_n_heads": 2,
         "indexer_kv_heads": 1,
         "indexer_head_dim": 16,
@@ -214,7 +204,6 @@ MORE: dict[str, dict[str, Any]] = {
         ],
         "num_hidden_layers": 5,
         "attention_hidden_size": INNER,
-        "attention_head_dim": 16,
     },
     "zamba2": {"use_mem_rope": True},  # without it, transformers 5.2 fails
 }

@@ -9,10 +9,10 @@ the parameter's own (`cls_token`), followed by the index of the expert where one
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache, partial
@@ -32,6 +32,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 TOKENS = 24
@@ -105,8 +106,9 @@ def matching(names, globs):
     return {name for name in names if any(fnmatchcase(name, glob) for glob in globs)}
 
 
-def double(x):
-    return x.double() if x.is_floating_point() else x
+def cast(batches, dtype=torch.float64):
+    """Return batches with their floating-point tensors in a dtype."""
+    return tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, batches)
 
 
 def seeded(make):
@@ -346,7 +348,7 @@ def _of_transformers(kind, name, model_class, configure):
     def make():
         config = configure()
         with torch.device("meta"):
-            size = number_of_weights(model_class._from_config(copy.deepcopy(config)))
+            size = number_of_weights(model_class._from_config(deepcopy(config)))
         if size > 10_000_000:
             raise CannotBuild(f"its smallest configuration has {size:,} parameters")
         return without_cache(model_class._from_config(config))

@@ -13,6 +13,7 @@ from support.layers import assert_same, rng
 from support.pairwise import spread
 from support.quiet import prune
 from support.recoveries import (
+    AdamByHand,
     assert_close_states,
     pruned_with_and_without,
     some_batches as batches_of_size,
@@ -58,36 +59,19 @@ def divergence(model, dense, x):
 def adamw_by_hand(model, dense, pruned, batches, config, loss_of=divergence):
     """Train with autograd and the update written out; no early stop."""
     trained = [p for name, p in model.named_parameters() if name in pruned or p.ndim < 2]
-    keep = [(p != 0) | (p.ndim < 2) for p in trained]
-    kept = [p.detach()[mask] for p, mask in zip(trained, keep, strict=True)]
-    rates = [config.learning_rate * weights.square().mean().sqrt() for weights in kept]
-    mean = [torch.zeros_like(p) for p in trained]
-    square = [torch.zeros_like(p) for p in trained]
-
+    adam = AdamByHand(trained, config.learning_rate, 0.95)
     steps = math.ceil(len(batches) / config.batch_size) * config.passes
-    step = 0
     for number in range(1, config.passes + 1):
-        generator = rng(config.seed + number)
-        order = torch.randperm(len(batches), generator=generator)
+        order = torch.randperm(len(batches), generator=rng(config.seed + number))
         for chosen in order.split(config.batch_size):
             loss = sum(loss_of(model, dense, batches[index]) for index in chosen) / len(chosen)
-            gradients = torch.autograd.grad(loss, trained)
-            factor = min(1, (step + 1) / 4) * (1 + math.cos(math.pi * step / steps)) / 2
-            step += 1
-            for index, parameter in enumerate(trained):
-                gradient = gradients[index] * keep[index]
-                mean[index] = 0.9 * mean[index] + 0.1 * gradient
-                square[index] = 0.95 * square[index] + 0.05 * gradient**2
-                up = mean[index] / (1 - 0.9**step)
-                down = (square[index] / (1 - 0.95**step)).sqrt() + 1e-8
-                with torch.no_grad():
-                    parameter -= factor * rates[index] * up / down
+            warm = min(1, (adam.steps + 1) / 4)
+            adam.step(loss, warm * (1 + math.cos(math.pi * adam.steps / steps)) / 2)
 
 
 @pytest.mark.parametrize(
     ("count", "passes", "batch_size"),
     [(1, 1, 1), (5, 2, 1), (7, 3, 2)],
-    ids=["one", "several", "larger_steps"],
 )
 def test_it_is_adamw_on_the_divergence(count, passes, batch_size):
     dense = classifier()
@@ -428,7 +412,6 @@ def test_the_bias_of_the_head_and_so_the_dense_predictions_stay(wrapped):
         ),
         (lambda model: model.register_forward_hook(lambda m, a, out: "text"), "gave a str"),
     ],
-    ids=["frozen", "nan", "detached", "vector", "text"],
 )
 def test_what_cannot_be_trained_is_refused_before_anything_is_written(break_, message):
     model = classifier()
@@ -489,7 +472,6 @@ def of_inference_mode():
         (classifier, of_inference_mode(), 2),
         (classifier, [some_batches(1)[0], some_batches(1)[0][:0], *some_batches(3)], 4),
     ],
-    ids=["lengths", "padding", "inference mode", "empty"],
 )
 def test_odd_batches(make, batches, trained):
     model = make()

@@ -1,7 +1,7 @@
 """`keep_zeros` in plain training loops, and in those of Fabric and accelerate."""
 
-import copy
 import io
+from copy import deepcopy
 
 import pytest
 import torch
@@ -110,7 +110,7 @@ def test_a_copy_of_another_model_is_refused():
     module = pruned_net()
     other = torch.nn.Linear(2, 2)
     dense = Net()
-    before = copy.deepcopy(dense.state_dict())
+    before = deepcopy(dense.state_dict())
     with keep_zeros(module) as held:
         for model, copies, name in ((module, [dense, other], "Linear"), (other, [dense], "Net")):
             with pytest.raises(ValueError, match=f"a {name} has none of the 3 weights"):
@@ -131,12 +131,11 @@ BITS = torch.ones(3, dtype=torch.uint8)  # too few for 32 * 8 weights
     "state",
     [
         {"layers": ["0"], "unheld_zeros": {}, "shapes": {"0": [16, 8]}},
-        {"layers": ["layers.0"], "unheld_zeros": {}},
+        {"layers": ["layers.0"], "unheld_zeros": {}},  # of a wrapped model
         {"layers": ["0"], "unheld_zeros": {"0": BITS}},
-        {"layers": ["0"], "unheld_zeros": {"0": torch.tensor([256])}},
+        {"layers": ["0"], "unheld_zeros": {"0": torch.tensor([256])}},  # an index
         {"layers": ["0"], "unheld_zeros": {"0": 3}},
     ],
-    ids=["widths", "wrapping", "bits", "index", "number"],
 )
 def test_a_state_of_another_model_is_refused(state):
     with pytest.raises(

@@ -6,17 +6,22 @@ import pytest
 import torch
 from support.layers import assert_same, rng
 from support.quiet import prune
-from support.recoveries import assert_close_states, blocks, pruned_with_and_without, some_batches
+from support.recoveries import (
+    AdamByHand,
+    assert_close_states,
+    blocks,
+    pruned_with_and_without,
+    some_batches,
+)
 from support.refusals import refusal
 from support.samples import samples_of
-from support.zoo import ZOO, batches_of, model_of
+from support.zoo import ZOO, batches_of, cast, model_of
 from torch import nn
 from torch.testing import assert_close
 
 from wanda_lightning import PruningReport, Reconstruct
 from wanda_lightning.calibration.batches import batch_size, take
 from wanda_lightning.calibration.lockstep import lockstep
-from wanda_lightning.calibration.trees import map_tensors
 from wanda_lightning.models import find_layers
 from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.training import reconstruct
@@ -79,38 +84,16 @@ def test_a_layer_alone_has_no_parts():
     assert not any("downsample" in part for part in parts_of("convnext"))
 
 
+@torch.enable_grad()
 def assert_trained(block, dense, start, batches, epochs):
     """An MLP was trained as by formula on all batches, without its biases; no early stop."""
-    expected = adam(dense.mlp, start.mlp, batches, epochs, 0.001)
-    for place, weight in zip((0, 2), expected, strict=True):
-        assert_close(block.mlp[place].weight, weight, rtol=1e-6, atol=1e-9)
+    mlp = start.mlp
+    adam = AdamByHand([mlp[0].weight, mlp[2].weight], 0.001, 0.999)
+    for x in batches * epochs:
+        adam.step((mlp(x) - dense.mlp(x)).square().sum())
+    assert_close(block.mlp.state_dict(), mlp.state_dict(), rtol=1e-6, atol=1e-9)
+    for place in (0, 2):
         assert torch.equal(block.mlp[place].bias, dense.mlp[place].bias)
-
-
-def adam(dense, start, batches, epochs, rate, eps=1e-8):
-    """The weights of an MLP."""
-    weights = [start[0].weight.clone(), start[2].weight.clone()]
-    keep = [weight != 0 for weight in weights]
-    rates = [rate * weight[weight != 0].square().mean().sqrt() for weight in weights]
-    mean = [0.0, 0.0]
-    square = [0.0, 0.0]
-    step = 0
-
-    for _ in range(epochs):
-        for x in batches:
-            step += 1
-            hidden = torch.tanh(x @ weights[0].T + start[0].bias)
-            gradient = 2 * (hidden @ weights[1].T + start[2].bias - dense(x))
-            # Backward through tanh.
-            inner = (gradient @ weights[1]) * (1 - hidden**2)
-            for index, change in enumerate((inner.T @ x, gradient.T @ hidden)):
-                change = change * keep[index]
-                mean[index] = 0.9 * mean[index] + 0.1 * change
-                square[index] = 0.999 * square[index] + 0.001 * change**2
-                up = mean[index] / (1 - 0.9**step)
-                down = (square[index] / (1 - 0.999**step)).sqrt() + eps
-                weights[index] = weights[index] - rates[index] * up / down
-    return [weight * kept for weight, kept in zip(weights, keep, strict=True)]
 
 
 @torch.no_grad()
@@ -152,7 +135,7 @@ def test_a_step_has_few_samples_of_a_batch(monkeypatch, name):
     choices = {"recovery": Reconstruct(epochs=2), "sequential": "block", "keep_batch_norm": True}
     together = model_of(name).double()
     alone = model_of(name).double()
-    batches = map_tensors(lambda x: x.double() if x.is_floating_point() else x, batches_of(name))
+    batches = cast(batches_of(name))
     samples = [take(batch, n, n + 1) for batch in batches for n in range(batch_size(batch))]
     assert len(samples) > len(batches)
     first = prune(together, batches, **choices)

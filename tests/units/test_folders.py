@@ -1,9 +1,8 @@
 """Folders of shrunk models load with their own library alone, and give the results of the model with zeros."""
 
-import copy
-import json
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from support.disk import same
 from support.layers import rng
 from support.pairwise import with_nightly
+from support.reports import read_json
 from support.tiny import VOCABULARY
 from support.zoo import causal, number_of_weights, seeded
 from transformers import AutoModelForCausalLM
@@ -50,7 +50,7 @@ def shrunk_language_model(tmp_path_factory):
         allocation = "fisher" if "loss" in name else "uniform"
         prune_units(model, [{"input_ids": IDS}], 0.4, allocation=allocation)
         config = model.config.to_dict()
-        state = copy.deepcopy(model.state_dict())
+        state = deepcopy(model.state_dict())
         folder = tmp_path_factory.mktemp("shrunk") / "out"
         report = wl.CausalLMModule(model).save_pretrained(folder, shrink=True)
 
@@ -82,7 +82,7 @@ def test_a_language_model_loads_without_this_package(shrunk_language_model, name
 @EVERY_LANGUAGE_MODEL
 def test_the_configuration_has_the_width_if_it_has_an_attribute_for_it(shrunk_language_model, name):
     _, report, folder = shrunk_language_model(name)
-    saved = json.loads((folder / "config.json").read_text())
+    saved = read_json(folder / "config.json")
     widths = {after for _, after in report.layers.values()}
     assert (len(widths) > 1) == ("loss" in name)
     attribute = LANGUAGE[name]
@@ -165,7 +165,7 @@ def test_only_widths_without_arguments_need_a_file(image_folders):
     for folder in image_folders:
         arguments = IMAGE_MODELS[folder.name].arguments
         assert (folder / "modeling_shrunk.py").exists() == (not arguments)
-        saved = json.loads((folder / "config.json").read_text()).get("model_args", {})
+        saved = read_json(folder / "config.json").get("model_args", {})
         assert arguments.items() <= saved.items()
 
 
@@ -184,9 +184,7 @@ def test_loaded_image_models_can_be_saved_and_become_smaller_again(image_folders
         again = wl.ImageClassifierModule(folder).eval()
         out = tmp_path / folder.name
         again.save_pretrained(out / "again")
-        assert json.loads((out / "again/config.json").read_text()) == json.loads(
-            (folder / "config.json").read_text()
-        )
+        assert read_json(out / "again/config.json") == read_json(folder / "config.json")
 
         prune_units(again.model, [images])
         again.save_pretrained(out / "smaller", shrink=True)
@@ -239,8 +237,7 @@ def test_timm_adapts_a_folder_as_that_of_the_dense_model(dense_and_shrunk, name,
     )
     size = arguments.get("img_size", 32)
     images = torch.randn(2, arguments.get("in_chans", 3), size, size)
-    with torch.no_grad():
-        assert_close(smaller(images), dense(images))
+    assert_close(smaller(images), dense(images))
     assert number_of_weights(smaller) < number_of_weights(dense)
     described = {"architecture": "shrunk_model", "file": str(dense_and_shrunk(name)[1])}
     assert smaller.pretrained_cfg == {**dense.pretrained_cfg, **described}

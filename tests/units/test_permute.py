@@ -16,12 +16,11 @@ from support.pair_cases import replicated
 from support.pairwise import spread
 from support.quiet import prune
 from support.samples import run_of
-from support.zoo import ZOO, batches_of, model_of, run, seeded
+from support.zoo import ZOO, batches_of, cast, model_of, run, seeded
 from torch import nn
 from torch.nn import functional as F
 
 from wanda_lightning import PruningCallback, WandaPrune
-from wanda_lightning.calibration.trees import map_tensors
 from wanda_lightning.models import find_layers
 from wanda_lightning.units.permute import permute
 
@@ -83,7 +82,7 @@ def test_the_model_computes_the_same(name, dtype):
     """Also with depthwise convolutions, BatchNorm and squeeze-and-excitation."""
     model, batches = specimen(name)
     model = model.to(dtype)
-    batches = map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, batches)
+    batches = cast(batches, dtype)
     before = outputs(model, batches)
     dense = deepcopy(model.state_dict())
     blocks = find_layers(model).blocks

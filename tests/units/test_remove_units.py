@@ -16,7 +16,7 @@ from support.mlps import MIXING, Mlp
 from support.quiet import prune
 from support.refusals import refusal
 from support.samples import calls_of, drawn, run_of, split
-from support.zoo import ZOO, batches_of, causal, model_of, run, seeded
+from support.zoo import ZOO, batches_of, cast, causal, model_of, run, seeded
 from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
 from torch import nn
 from torch.nn import functional as F
@@ -25,10 +25,8 @@ from torch.testing import assert_close
 from wanda_lightning import Fisher, Structured
 from wanda_lightning.calibration.gradients import gradient_statistics
 from wanda_lightning.calibration.pruning_mode import pruning_mode
-from wanda_lightning.calibration.trees import map_tensors
 from wanda_lightning.core.allocation import GradientLimit, Uniform, UnitLayer
 from wanda_lightning.models import SkipReason
-from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.units.remove_units import RemoveUnits
 
 EACH_OF_4 = Structured(multiple_of=4)
@@ -267,7 +265,7 @@ def test_units_that_depend_on_others_stay_dense(make, coupled):
 @pytest.mark.parametrize("name", ["phi3", "mobile"])
 def test_other_dtypes(name, dtype):
     model, batches = specimen(name)
-    rounded = map_tensors(lambda x: x.to(dtype) if x.is_floating_point() else x, batches)
+    rounded = cast(batches, dtype)
     found = units_in(deepcopy(model).to(dtype), rounded)
     assert list(found) == list(units_in(model, batches)) != []
 
@@ -348,7 +346,6 @@ def test_fisher_scores_units_by_their_effect_on_the_loss(name):
             own.plan.blocks,
             own.samples,
             lambda _: None,
-            SINGLE_PROCESS,
             GradientLimit(),
             own.removal.unit_columns,
         )
@@ -481,9 +478,8 @@ def test_a_sparsity_that_rounds_to_no_unit_is_named(caplog):
 def test_layers_whose_units_are_never_written_name_their_writers_too():
     """A reader that no token but padding reaches stays dense, and so does what writes its units."""
     model = chain(lambda: [Mlp(nn.ReLU()), Mlp(nn.ReLU())])
-    with torch.no_grad():
-        model[0].up.weight.zero_()
-        model[0].up.bias.fill_(-1.0)
+    model[0].up.weight.data.zero_()
+    model[0].up.bias.data.fill_(-1.0)
     report = prune_units(model, vectors())
     skipped = {matrix.name: matrix.reason for matrix in report.skipped}
     assert skipped["0.up"] == skipped["0.down"] == SkipReason.INACTIVE

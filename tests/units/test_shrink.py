@@ -14,7 +14,7 @@ from support.layers import rng
 from support.mlps import MIXING, Mlp, relu_mlp
 from support.quiet import prune
 from support.tiny import tiny
-from support.zoo import batches_of, model_of
+from support.zoo import batches_of, model_of, number_of_weights
 from torch import nn
 from torch.testing import assert_close
 
@@ -63,7 +63,7 @@ def test_an_image_model_computes_the_same_with_fewer_parameters(name):
     assert (bool(report.layers), report.unproven) == (True, 0)
     # Since only whole units were zero.
     assert sum(module.weight.numel() for module in matrices) <= nonzero
-    assert report.parameters[1] == sum(parameter.numel() for parameter in model.parameters())
+    assert report.parameters[1] == number_of_weights(model)
 
 
 def test_units_are_still_out_after_training_with_zeros_kept():
@@ -121,8 +121,7 @@ def with_zeros(make=small, units=slice(0, 6), **choices):
 
 def revived():
     model = with_zeros(Gated, writers=("gate", "up"))
-    with torch.no_grad():
-        model[0].gate.weight[:2] = 0.1  # as training might
+    model[0].gate.weight.data[:2] = 0.1  # as training might
     return model
 
 
@@ -135,9 +134,8 @@ def shared():
 def without_blocks():
     torch.manual_seed(0)
     model = relu_mlp(8, 16, 16, 3)
-    with torch.no_grad():
-        model[0].weight[:4] = model[2].weight[:, :4] = 0
-        model[2].weight[9:] = model[4].weight[:, 9:] = 0
+    model[0].weight.data[:4] = model[2].weight.data[:, :4] = 0
+    model[2].weight.data[9:] = model[4].weight.data[:, 9:] = 0
     return model
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wanda_lightning.calibration.trees import map_tensors, tensors_of
+from wanda_lightning.calibration.trees import all_tensors, map_tensors, tensors_of
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.float64 import widest
 from wanda_lightning.models import find_predictions
@@ -185,8 +185,7 @@ def detached(batch: Any) -> Any:
 
     Those that were created in inference mode, which autograd cannot save, are cloned.
     """
-    tensors: list[Tensor] = []
-    map_tensors(tensors.append, batch)
+    tensors = all_tensors(batch)
     if not any(tensor.requires_grad or tensor.is_inference() for tensor in tensors):
         return batch
     return map_tensors(

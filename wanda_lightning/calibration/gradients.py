@@ -18,7 +18,6 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.allocation import GradientLimit
 from wanda_lightning.core.statistics import GradientStatistics
 from wanda_lightning.models import Layer, find_predictions, fitting_mask
-from wanda_lightning.parallel import Processes
 
 Tick = Callable[[int | None], None]
 
@@ -29,7 +28,6 @@ def gradient_statistics(
     blocks: Sequence[nn.Module],
     samples: Samples,
     tick: Tick,
-    processes: Processes,
     limit: GradientLimit,
     columns: Mapping[str, int],
 ) -> dict[str, GradientStatistics]:
@@ -50,7 +48,7 @@ def gradient_statistics(
         ValueError: If a pass returns no logits, predictions or gradients hold NaN or infinity, or all gradients are 0.
     """
     sums = _Sums(layers, columns)
-    passes = _BackwardPasses(samples, processes, limit)
+    passes = _BackwardPasses(samples, limit)
     with (
         without_gradients(model),
         intercept(layers, sums),
@@ -63,7 +61,7 @@ def gradient_statistics(
     tensors = [reached]
     for total in sums.by_layer.values():
         tensors += _tensors(total)
-    processes.all_reduce_sum(tensors)
+    samples.processes.all_reduce_sum(tensors)
     _refuse_unusable(sums.by_layer, bool(reached.any()))
     pairs = zip(sums.by_layer.items(), reached.tolist(), strict=True)
     return dict(item for item, times in pairs if times)
@@ -119,9 +117,9 @@ class _BackwardPasses:
     The index of a sample is its position in this order; in a single process this is the order of the batches.
     """
 
-    def __init__(self, samples: Samples, processes: Processes, limit: GradientLimit) -> None:
+    def __init__(self, samples: Samples, limit: GradientLimit) -> None:
         self._samples = samples
-        self._processes = processes
+        self._processes = samples.processes
         self._limit = limit
         # Number of samples of all processes.
         self._wanted = math.inf if limit.samples is None else limit.samples

@@ -34,10 +34,9 @@ from wanda_lightning.calibration.surroundings import (
 )
 from wanda_lightning.calibration.torch_internals import COMPILED_CALL
 from wanda_lightning.calibration.trees import clone_arguments
+from wanda_lightning.common.aliases import Action, Forward, Kwargs
 from wanda_lightning.models import Stop
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
-
-Forward = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Call:
     stop: str  # name of the stop; "" for the whole model
     forward: Forward  # the module's own forward
     args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    kwargs: Kwargs
     surroundings: Surroundings
 
     def run(self, on_copies: bool = False) -> Any:
@@ -63,9 +62,7 @@ class Call:
         return self.forward(*args, **kwargs)
 
 
-def whole_model_calls(
-    samples: Iterable[Sample], tick: Callable[[], None] = lambda: None
-) -> Iterator[Call]:
+def whole_model_calls(samples: Iterable[Sample], tick: Action = lambda: None) -> Iterator[Call]:
     """Yield calls of the whole model, each on one sample, which is read when it is its turn; `tick` follows each."""
     for sample in samples:
         yield Call(sample, "", sample.forward, (), {}, Surroundings.present())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,9 +20,10 @@ from wanda_lightning.calibration.pruning_mode import calibration_mode
 from wanda_lightning.calibration.samples import Sample, Samples, forward_batch
 from wanda_lightning.calibration.surroundings import refuse_transforms
 from wanda_lightning.calibration.torch_internals import is_mapped, write_count
+from wanda_lightning.common.aliases import Action
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.grouping import grouped
-from wanda_lightning.core.statistics import InputStatistics
+from wanda_lightning.core.statistics import Inputs, InputStatistics
 from wanda_lightning.models import Layer, Stop, fitting_mask, token_masks
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, all_reduce_statistics
 
@@ -32,7 +33,7 @@ class Observation:
     """The inputs of some layers, summed over their tokens. The keys are names of layers."""
 
     # One object is shared by layers with the same input.
-    inputs: Mapping[str, InputStatistics] = field(default_factory=dict)
+    inputs: Inputs = field(default_factory=dict)
     # Layers whose statistics include padding, since no mask shows it in their inputs.
     padding_counted: Set[str] = frozenset()
     # Experts that got the statistics of all siblings, each with its own number of tokens.
@@ -45,7 +46,7 @@ class StopObserver(Protocol):
     def __call__(self, stop: Stop, calls: Iterable[Call]) -> Observation:
         """Run the calls that wait at a stop, on copies, and return what they show."""
 
-    def whole_model(self, stop: Stop, samples: Samples, tick: Callable[[], None]) -> Observation:
+    def whole_model(self, stop: Stop, samples: Samples, tick: Action) -> Observation:
         """Run all samples through the model as one stop, and return what they show; `tick` follows each."""
         observation = self(stop, whole_model_calls(samples, tick))
         samples.refuse_if_empty()
@@ -363,16 +364,18 @@ class BatchInputs:
         if not _has_samples(layer, images):
             batch = batch.unsqueeze(0)
         if self._needs == {"square_sum"}:
-            squares = layer.squares(batch)
+            squares = _fitting(layer.squares(batch), layer, images)
             statistics.add(len(batch) * len(squares), {"square_sum": squares.sum(dim=0)})
         else:
             for tokens in layer.token_chunks(batch):
-                statistics.update(tokens)
+                statistics.update(_fitting(tokens, layer, images))
 
     def _read_tokens(self, product: Product, has_padding: bool) -> None:
         """Sum the tokens of a product, without padding and without the tokens of other experts."""
         layer = product.layer
         tokens = layer.tokens(product.tokens)
+        if layer.expert is None:
+            _fitting(tokens, layer, product.tokens)
         # An expert gets some of the tokens, in an order of its own, or a copy of all of them.
         in_order = layer.expert is None or product.slot is not None
         keep = None
@@ -409,12 +412,20 @@ def _has_samples(layer: Layer, inputs: Tensor) -> bool:
     return inputs.ndim == 1 - layer.kind.channels
 
 
+def _fitting(tokens: Tensor, layer: Layer, inputs: Tensor) -> Tensor:
+    """Return the tokens, or refuse those that do not have the width of the layer."""
+    if tokens.shape[1] != layer.shape[1]:
+        raise UserError(
+            f"batches must fit the model, but the input of {layer.name} has shape {tuple(inputs.shape)} and the layer "
+            f"takes {layer.shape[1]} features. Check how the batches are made."
+        )
+    return tokens
+
+
 MIN_EXPERT_TOKENS = 32  # a norm over n Gaussian inputs has a relative error of 0.7 / sqrt(n)
 
 
-def pool_experts(
-    layers: Sequence[Layer], statistics: Mapping[str, InputStatistics], padded: Set[str]
-) -> Observation:
+def pool_experts(layers: Sequence[Layer], statistics: Inputs, padded: Set[str]) -> Observation:
     """Replace the statistics of each expert with too few tokens, or none, with the sum over its siblings in this stop.
 
     `padded` are the layers whose statistics include padding.

@@ -1,6 +1,6 @@
 """Recompute blocks in the backward pass instead of keeping their activations."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import Context, copy_context
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from wanda_lightning.calibration.trees import (
     take_out_tensors,
     tensors_within,
 )
+from wanda_lightning.common.aliases import Forward
 
 
 @contextmanager
@@ -49,7 +50,7 @@ class _Recomputed:
     """The forward of a block that runs again in the backward pass, with gradients enabled."""
 
     name: str  # of the class, for a message
-    forward: Callable[..., Any]
+    forward: Forward
     around: Sequence[nn.Module]  # the modules that contain the block
     outside: Context  # the context variables around the whole pass
     writes: bool = False  # into its arguments, or into what is around it

@@ -64,7 +64,7 @@ class Samples:
         if reader is not None:
             self._batches = _checked(batches, reader)
         self._model = model
-        self._processes = processes
+        self.processes = processes
         self._reader = reader
         self._forward = partial(_on_copy, forward or self._forward_on_device)
         self._predict = partial(_on_copy, predict or forward or self._forward_on_device)
@@ -110,7 +110,7 @@ class Samples:
 
     def in_memory(self) -> list[Sample]:
         """Return one sample for each batch, all of which are in memory; refuse to go on without any."""
-        with self._processes.fail_together():
+        with self.processes.fail_together():
             samples = list(self)
         self.refuse_if_empty()
         return samples
@@ -165,16 +165,16 @@ class Samples:
 
         They are the same for any number of processes if a sampler deals the samples in turn, as Lightning's does.
         """
-        with self._processes.fail_together():
+        with self.processes.fail_together():
             batches = self.first_batches(count)
         available = min(count, sum(sample.size for sample in batches))
 
         # All processes compute the same order, in which each finds its own turns.
         turns = []
-        for rank, (samples,) in enumerate(self._processes.all_gather([available])):
+        for rank, (samples,) in enumerate(self.processes.all_gather([available])):
             turns += [(turn, rank) for turn in range(samples)]
         chosen = sorted(turns)[:count]
-        left = sum(rank == self._processes.rank for _, rank in chosen)
+        left = sum(rank == self.processes.rank for _, rank in chosen)
 
         first = []
         for sample in batches:
@@ -185,7 +185,7 @@ class Samples:
 
     def count(self) -> None:
         """Count the batches without running them; there may be none."""
-        with self._processes.fail_together():
+        with self.processes.fail_together():
             for _ in self:
                 pass
         self._sum_counts()
@@ -200,7 +200,7 @@ class Samples:
             )
 
     def _sum_counts(self) -> None:
-        self.total = sum(count for (count,) in self._processes.all_gather([self._counted]))
+        self.total = sum(count for (count,) in self.processes.all_gather([self._counted]))
 
     def _sample(self, batch: Any, index: int, size: int) -> Sample:
         batch = detached(batch)

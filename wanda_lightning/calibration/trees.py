@@ -35,11 +35,16 @@ def map_tensors(function: Callable[..., object], tree: Any, *others: Any) -> Any
     return tree
 
 
-def tensors_of(batch: Any) -> list[Tensor]:
-    """Return all tensors of a batch that have at least one dimension."""
+def all_tensors(batch: Any) -> list[Tensor]:
+    """Return all tensors of a batch."""
     tensors: list[Tensor] = []
     map_tensors(tensors.append, batch)
-    return [tensor for tensor in tensors if tensor.ndim]
+    return tensors
+
+
+def tensors_of(batch: Any) -> list[Tensor]:
+    """Return all tensors of a batch that have at least one dimension."""
+    return [tensor for tensor in all_tensors(batch) if tensor.ndim]
 
 
 def _like(sequence: Any, values: Iterable[Any]) -> Any:

@@ -4,7 +4,7 @@ import copy
 import functools
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from wanda_lightning.calibration.torch_internals import is_compiled
 from wanda_lightning.calibration.trees import clone_arguments
 from wanda_lightning.callbacks.prunable_module import pruning_target
 from wanda_lightning.callbacks.trainer import processes_of
-from wanda_lightning.common.aliases import Kwargs, StrPath
+from wanda_lightning.common.aliases import Forward, Kwargs, StrPath
 from wanda_lightning.common.checks import Number, check
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.losses import summed_divergence
@@ -41,7 +41,6 @@ _SHARE_OF_ZEROS = (
 _FINGERPRINT_VALUES = 64  # of each tensor
 
 Dense = StrPath | nn.Module | None
-Forward = Callable[..., Any]
 
 
 class DistillFromDense(Callback):

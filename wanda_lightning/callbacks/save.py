@@ -24,7 +24,7 @@ from wanda_lightning.common.checks import check_flags
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import list_files, refuse_upload, upload
-from wanda_lightning.models import is_wrapper
+from wanda_lightning.models import count_parameters
 from wanda_lightning.report import PruningReport
 from wanda_lightning.training.held_zeros import zeros_of
 
@@ -239,18 +239,13 @@ def _after_training(report: PruningReport, model: nn.Module) -> PruningReport:
     """Return the report with the zeros that the model has now."""
     # Training fills zeros that are not kept.
     zeros = zeros_of(model)
-    layers = []
-    for layer in report.layers:
-        sparsity = zeros.get(layer.name, layer.zeros) / layer.size
-        layers.append(replace(layer, sparsity=sparsity))
+    layers = [
+        replace(layer, sparsity=zeros.get(layer.name, layer.zeros) / layer.size)
+        for layer in report.layers
+    ]
 
     # Also in what was not pruned: biases are often initialized to zeros, and adapters are merged by now.
-    size = 0
-    all_zeros = 0
-    for parameter in model.parameters():
-        size += parameter.numel()
-        if not is_wrapper(parameter):
-            all_zeros += int((parameter == 0).sum())
+    size, all_zeros = count_parameters(model)
     return replace(report, layers=tuple(layers), parameters=size, zeros=all_zeros)
 
 

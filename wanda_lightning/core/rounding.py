@@ -33,10 +33,10 @@ def all_same(
     if [tensor.shape for tensor in before] != [tensor.shape for tensor in after]:
         return False
 
+    limit = max(8 * eps, _CLOSE if loosely else 1e-5)
+    share = -1.0 if loosely else 0.5
     pairs = zip(before, after, strict=True)
-    if loosely:
-        return all(_is_same(old, new, max(8 * eps, _CLOSE), -1.0) for old, new in pairs)
-    return all(_is_same(old, new, max(8 * eps, 1e-5), 0.5) for old, new in pairs)
+    return all(_is_same(old, new, limit, share) for old, new in pairs)
 
 
 def same_columns(old: Tensor, new: Tensor, eps: float) -> bool:

@@ -243,6 +243,9 @@ class _ColumnStatistics(InputStatistics):
         return self._layer.inverse_diagonal(dampening)[self._columns]
 
 
+Inputs = Mapping[str, InputStatistics]
+"""Statistics by the name of the layer."""
+
 SUMS: dict[str, Callable[[Tensor], Tensor]] = {
     "square_sum": sum_squares,
     "gram": _gram,

@@ -17,7 +17,6 @@ from wanda_lightning.calibration.interception import input_of
 from wanda_lightning.calibration.samples import Sample, Samples
 from wanda_lightning.core.losses import divergence, squared_error
 from wanda_lightning.models import find_predictions, has_classes
-from wanda_lightning.parallel import Processes
 from wanda_lightning.report import BatchNormCorrection
 from wanda_lightning.training.predictions import HELD_OUT, rows_of
 
@@ -78,10 +77,10 @@ class BatchNormStatistics:
     Each process has a full copy of the model, and the sums cover the samples of all.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], samples: Samples, processes: Processes) -> None:
+    def __init__(self, layers: Sequence[nn.Module], samples: Samples) -> None:
         self._layers = layers
         self._samples = samples
-        self._processes = processes
+        self._processes = samples.processes
         self._original = [_moments_of(layer) for layer in layers]
         self._dense_sums: list[list[Tensor]] = [[] for _ in layers]  # after each call
         self._batches: list[_UsedBatch] = []
@@ -224,9 +223,7 @@ def batch_norm_layers(model: nn.Module) -> list[nn.Module]:
         is_frozen = "FrozenBatchNorm" in type(module).__name__
         if not (is_frozen or isinstance(module, _BATCH_NORMS)):
             continue
-        if not isinstance(module.running_mean, missing) and not isinstance(
-            module.running_var, missing
-        ):
+        if not isinstance(module.running_mean, missing):
             layers.append(module)
     return layers
 

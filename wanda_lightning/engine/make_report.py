@@ -3,15 +3,12 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sized
-
-from torch.nn.parameter import UninitializedParameter
+from collections.abc import Iterator, Sized
 
 from wanda_lightning.calibration import observer
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.wording import quantity
-from wanda_lightning.core.placeholders import is_unloaded
-from wanda_lightning.models import SkippedMatrix, SkipReason, is_wrapper
+from wanda_lightning.models import SkippedMatrices, SkippedMatrix, SkipReason, count_parameters
 from wanda_lightning.planning.coverage import Note, unfit_layers
 from wanda_lightning.planning.plan import Plan
 from wanda_lightning.planning.removal import Removal
@@ -46,33 +43,20 @@ def make_report(run: Run, removal: Removal) -> PruningReport:
         "calibration_batches": run.samples.total,
         **removal.settings(plan),
     }
-    parameters, zeros = _count_parameters(run)
+    parameters, zeros = count_parameters(plan.model)
     run.clock["report"] = time.perf_counter() - started
     report = PruningReport(
         layers=tuple(pruned[name] for name in plan.inventory.blocks if name in pruned),
         skipped=(*plan.inventory.skipped, *dense.values()),
         parameters=parameters,
-        zeros=zeros,
+        # The zeros of blocks on disk are known from when they were written.
+        zeros=zeros + run.store.zeros,
         seconds=dict(run.clock),
         config=config,
         notes=tuple(note.text for note in notes),
         training=run.training,
     )
     return removal.complete(plan, report)
-
-
-def _count_parameters(run: Run) -> tuple[int, int]:
-    """Return the number of parameters of the model, and how many of them are zero."""
-    number = 0
-    zeros = run.store.zeros
-    for parameter in run.plan.model.parameters():
-        if isinstance(parameter, UninitializedParameter):
-            continue  # of a lazy module that no batch has called
-        number += parameter.numel()
-        # The zeros of blocks on disk are known from when they were written.
-        if not is_wrapper(parameter) and not is_unloaded(parameter):
-            zeros += int((parameter.detach() == 0).count_nonzero())
-    return number, zeros
 
 
 def _left_dense(run: Run, removal: Removal) -> dict[str, SkippedMatrix]:
@@ -90,14 +74,14 @@ def _left_dense(run: Run, removal: Removal) -> dict[str, SkippedMatrix]:
     }
 
 
-def _notes_on(run: Run, removal: Removal, dense: Mapping[str, SkippedMatrix]) -> list[Note]:
+def _notes_on(run: Run, removal: Removal, dense: SkippedMatrices) -> list[Note]:
     on_coverage = (
         unfit_layers(run.plan.inventory),
         removal.coverage(run.plan.inventory, dense),
     )
     return [
         *_on_layers(run, removal, dense),
-        *[note for note in on_coverage if note is not None],
+        *filter(None, on_coverage),
         *_on_targets(run),
         *removal.notes(run),
         *_on_permutation(run),
@@ -113,7 +97,7 @@ _LEFT_DENSE = (
 )
 
 
-def _on_layers(run: Run, removal: Removal, dense: Mapping[str, SkippedMatrix]) -> Iterator[Note]:
+def _on_layers(run: Run, removal: Removal, dense: SkippedMatrices) -> Iterator[Note]:
     for reason, why in _LEFT_DENSE:
         names = [name for name, matrix in dense.items() if matrix.reason is reason]
         if names:

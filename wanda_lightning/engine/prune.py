@@ -25,7 +25,7 @@ from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
 from wanda_lightning.core.patterns import Pattern
-from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
+from wanda_lightning.core.statistics import GradientStatistics, Inputs
 from wanda_lightning.engine.batch_norm import BatchNormStatistics, batch_norm_layers
 from wanda_lightning.engine.make_report import make_report
 from wanda_lightning.experts.remove_experts import RemoveExperts
@@ -137,9 +137,12 @@ def prune_as(
         _read_all_if_needed(run)
     run.clock["prepare"] = time.perf_counter() - started
 
-    run = _permute(run)  # for N:M: reorder hidden units; the model computes the same
+    if plan.config.permutation.reads_batches:
+        # For N:M: reorder hidden units; the model computes the same.
+        with run.clock.timed("permute"):
+            run = replace(run, permuted=permute(run))
     run = removal.find(run)  # hidden units, experts; from now on, the plan concerns what can leave
-    statistics = BatchNormStatistics(batch_norms, samples, plan.processes)
+    statistics = BatchNormStatistics(batch_norms, samples)
     with run.clock.timed("normalize", bool(batch_norms)), pruning_mode(plan.model):
         statistics.observe_dense()
     run = _allocate(run, removal)  # the sparsity of each layer
@@ -232,13 +235,6 @@ def _read_all_if_needed(run: Run) -> None:
         run.samples.read_all(run.progress)
 
 
-def _permute(run: Run) -> Run:
-    if not run.plan.config.permutation.reads_batches:
-        return run
-    with run.clock.timed("permute"):
-        return replace(run, permuted=permute(run))
-
-
 def _allocate(run: Run, removal: Removal) -> Run:
     """Return the run with a sparsity for each layer."""
     config = run.plan.config
@@ -268,7 +264,7 @@ def _observe_dense_model(run: Run, unit_columns: Mapping[str, int]) -> DenseStat
     """Collect the input statistics and the gradients that allocation and pattern read."""
     plan = run.plan
     config = plan.config
-    inputs: Mapping[str, InputStatistics] = {}
+    inputs: Inputs = {}
     gradients: Mapping[str, GradientStatistics] = {}
     if config.allocation.needs:
         observer = Observer(config.allocation.needs, plan.processes)
@@ -285,7 +281,6 @@ def _observe_dense_model(run: Run, unit_columns: Mapping[str, int]) -> DenseStat
                 plan.blocks,
                 run.samples,
                 bar.step,
-                plan.processes,
                 config.allocation.gradient_limit,
                 unit_columns,
             )

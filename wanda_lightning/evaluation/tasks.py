@@ -155,7 +155,7 @@ def zero_shot(
     from lm_eval.models.huggingface import HFLM
 
     home = model.device
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = torch.accelerator.current_accelerator(check_available=True)
     # A copy: lm-eval adds a missing padding token to the tokenizer, and it would be saved with the model.
     tokenizer = copy.deepcopy(tokenizer)
     # The token before an empty prompt. These tasks have no empty prompts, but lm-eval always decodes the token.

@@ -5,11 +5,12 @@ experts unroutable.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
+from wanda_lightning.common.aliases import Action
 from wanda_lightning.core.types import Units
 from wanda_lightning.models import own_tensors
 from wanda_lightning.models.expert_stacks import routers, stacked_experts
@@ -36,16 +37,14 @@ class Mixture:
     # Attributes of the module, and inside, that hold the number of experts.
     counters: tuple[tuple[nn.Module, str], ...]
 
-    def take(self, keep: Units) -> Callable[[], None]:
+    def take(self, keep: Units) -> Action:
         """Take all other experts out, in place, and return a function that undoes it."""
-        changes: list[Change] = []
-        for slot in self.slots:
-            changes.append((slot.module, slot.name, slot.taken(keep)))
-        for module, name in self.counters:
-            changes.append((module, name, int(keep.sum())))
+        number = int(keep.sum())
+        changes: list[Change] = [(slot.module, slot.name, slot.taken(keep)) for slot in self.slots]
+        changes += [(module, name, number) for module, name in self.counters]
         return replace_attributes(changes)
 
-    def drop_data(self) -> Callable[[], None]:
+    def drop_data(self) -> Action:
         """Move the tensors to the meta device, and return a function that undoes it."""
         changes = []
         for slot in self.slots:

@@ -1,6 +1,6 @@
 """Remove whole experts: score what each adds, and take those with the smallest saliency out of each mixture."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -9,6 +9,7 @@ from torch import nn
 
 from wanda_lightning.calibration import observer
 from wanda_lightning.calibration.observer import Observation, StopObserver
+from wanda_lightning.common.aliases import Action
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.wording import quantity
 from wanda_lightning.config import PruningConfig
@@ -181,7 +182,7 @@ def _parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _take_shapes(config: PruningConfig, mixture: Mixture) -> Callable[[], None]:
+def _take_shapes(config: PruningConfig, mixture: Mixture) -> Action:
     """Make a mixture as small as without the experts that leave, but without data; return a function that undoes it."""
     scores = torch.zeros(mixture.groups, mixture.number // mixture.groups)
     keep = config.pattern(scores, config.sparsity).flatten()
@@ -191,9 +192,7 @@ def _take_shapes(config: PruningConfig, mixture: Mixture) -> Callable[[], None]:
     return undo.close
 
 
-def _declare(
-    config: PruningConfig, model: nn.Module, mixtures: Sequence[Mixture]
-) -> Callable[[], None]:
+def _declare(config: PruningConfig, model: nn.Module, mixtures: Sequence[Mixture]) -> Action:
     """Tell the modules around the smaller mixtures, and the configuration, how many experts are left.
 
     Returns:

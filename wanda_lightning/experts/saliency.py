@@ -5,7 +5,7 @@ of its gate times the norm of its output: the norm of what it adds for this toke
 the experts by the gate (Llama 4), it is the norm of what the expert returns for that input.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +22,7 @@ from wanda_lightning.calibration.pruning_mode import patched
 from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.calibration.surroundings import Surroundings
 from wanda_lightning.calibration.trees import clone_arguments, tensors_within
+from wanda_lightning.common.aliases import Forward
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.types import Units
 from wanda_lightning.experts.mixtures import Mixture
@@ -232,7 +233,7 @@ def unroutable(mixture: Mixture, experts: Units) -> Iterator[None]:
     few. No hook lies between the two, so a torch-function mode inside the routers replaces the result of the product.
     """
 
-    def run(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def run(forward: Forward, *args: Any, **kwargs: Any) -> Any:
         with _Lower(experts):
             return forward(*args, **kwargs)
 

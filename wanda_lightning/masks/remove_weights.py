@@ -1,6 +1,6 @@
 """Prune the layers of one stop with their statistics: solve, write, and record what happened."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,8 @@ from torch import Tensor
 from wanda_lightning.calibration.observer import Observation
 from wanda_lightning.calibration.torch_internals import write_count
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.core.statistics import InputStatistics, relative_error
+from wanda_lightning.common.grouping import grouped
+from wanda_lightning.core.statistics import Inputs, InputStatistics, relative_error
 from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Stop
 from wanda_lightning.planning.plan import Plan
 from wanda_lightning.planning.removal import Removal
@@ -68,23 +69,20 @@ def _why_dense(layer: Layer, inputs: InputStatistics) -> SkippedMatrix | None:
     return None
 
 
-def _groups_to_solve(
-    layers: Iterable[Layer], inputs: Mapping[str, InputStatistics], plan: Plan
-) -> Iterator[list[Layer]]:
+def _groups_to_solve(layers: Iterable[Layer], inputs: Inputs, plan: Plan) -> Iterator[list[Layer]]:
     """Yield layers to solve together: they share one input, and have biases to fit or not, and fit in memory.
 
     Each expert is a group of its own, since a hundred of them may share pooled statistics. Groups with one input follow
     each other, so that what is derived from its statistics is computed once.
     """
+
+    def expert_and_bias(layer: Layer) -> tuple[str, bool]:
+        return layer.name if layer.siblings else "", plan.fitted_bias(layer) is not None
+
     # Statistics compare by identity; a layer without any is alone.
-    by_input: dict[object, dict[tuple[str, bool], list[Layer]]] = {}
-    for layer in layers:
-        groups = by_input.setdefault(inputs.get(layer.name, layer.name), {})
-        expert = layer.name if layer.siblings else ""
-        fits_bias = plan.fitted_bias(layer) is not None
-        groups.setdefault((expert, fits_bias), []).append(layer)
-    for groups in by_input.values():
-        for group in groups.values():
+    by_input = grouped(layers, lambda layer: inputs.get(layer.name, layer.name))
+    for same_input in by_input.values():
+        for group in grouped(same_input, expert_and_bias).values():
             yield from _split_by_size(group)
 
 

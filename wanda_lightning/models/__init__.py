@@ -2,8 +2,10 @@
 
 from wanda_lightning.models.inventory import (
     Inventory as Inventory,
+    SkippedMatrices as SkippedMatrices,
     SkippedMatrix as SkippedMatrix,
     Stop as Stop,
+    count_parameters as count_parameters,
     find_layers as find_layers,
     group_by_stop as group_by_stop,
 )
@@ -17,7 +19,6 @@ from wanda_lightning.models.padding import (
     fitting_mask as fitting_mask,
     token_masks as token_masks,
 )
-from wanda_lightning.models.quantized import is_wrapper as is_wrapper
 from wanda_lightning.models.skip_reasons import SkipReason as SkipReason
 from wanda_lightning.models.task import (
     causal_config as causal_config,

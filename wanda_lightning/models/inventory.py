@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from wanda_lightning.common.grouping import grouped
 from wanda_lightning.common.layer_names import check_patterns, matches, refuse_unmatched
 from wanda_lightning.core.patterns import Pattern, Unstructured
+from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.models.blocks import find_blocks
 from wanda_lightning.models.expert_stacks import stored_by_columns
 from wanda_lightning.models.layers import Layer, layers_of, named_modules, uncompiled_name
-from wanda_lightning.models.quantized import is_packed, is_packed_weight, quantizer
+from wanda_lightning.models.quantized import is_packed, is_packed_weight, is_wrapper, quantizer
 from wanda_lightning.models.skip_reasons import (
     EMBEDDINGS,
     SkipReason,
@@ -38,6 +40,10 @@ class SkippedMatrix:
         return math.prod(self.shape)
 
 
+SkippedMatrices = Mapping[str, SkippedMatrix]
+"""Matrices that are left dense, by name."""
+
+
 @dataclass(frozen=True)
 class Stop:
     """A point where calibration batches wait, the entry of a block or a layer. Without a module, none waits."""
@@ -59,9 +65,7 @@ def group_by_stop(
 ) -> tuple[Stop, ...]:
     """Group layers into stops, in the order of the layers. `stop_of` holds the module of each layer's stop, by name."""
     modules = named_modules(model)
-    members = defaultdict[str, list[Layer]](list)
-    for layer in layers:
-        members[stop_of[layer.name]].append(layer)
+    members = grouped(layers, lambda layer: stop_of[layer.name])
     return tuple(
         Stop(name, modules.get(name, model), tuple(inside)) for name, inside in members.items()
     )
@@ -85,6 +89,19 @@ class Inventory:
         """Return the matrices that are skipped for a reason, largest first."""
         skipped = [matrix for matrix in self.skipped if matrix.reason is reason]
         return tuple(sorted(skipped, key=lambda matrix: -matrix.size))
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Return the number of parameters of a model, and how many of those in memory are zero."""
+    number = 0
+    zeros = 0
+    for parameter in model.parameters():
+        if isinstance(parameter, UninitializedParameter):
+            continue  # of a lazy module that no batch has called
+        number += parameter.numel()
+        if not is_wrapper(parameter) and not is_unloaded(parameter):
+            zeros += int((parameter.detach() == 0).count_nonzero())
+    return number, zeros
 
 
 def find_layers(

@@ -1,12 +1,11 @@
 """Models whose weights FSDP2 (`fully_shard`) divides over processes: they train with their zeros, and are saved."""
 
-from typing import Any
-
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.parallel.processes import Processes
 
 
@@ -32,7 +31,7 @@ def shard_processes(model: nn.Module) -> Processes:
     return Processes(shard.device_mesh.get_group(), shard.device)
 
 
-def gathered_state_dict(model: nn.Module) -> dict[str, Any]:
+def gathered_state_dict(model: nn.Module) -> Kwargs:
     """Return the whole state dict of a sharded model, on the CPU of the first process; in others it is empty.
 
     All processes must call it. Tied weights are one tensor, as in the model.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from wanda_lightning.common.float64 import widened
-from wanda_lightning.core.statistics import SUMS, InputStatistics
+from wanda_lightning.core.statistics import SUMS, Inputs, InputStatistics
 from wanda_lightning.parallel.processes import Processes
 
 _UNREACHED = -1  # no batch of a process reached the layer
@@ -14,7 +14,7 @@ _UNREACHED = -1  # no batch of a process reached the layer
 
 def all_reduce_statistics(
     zero_tokens: Mapping[str, Tensor],
-    collected: Mapping[str, InputStatistics],
+    collected: Inputs,
     padding_counted: Collection[str],
     needs: frozenset[str],
     processes: Processes,
@@ -56,7 +56,7 @@ def all_reduce_statistics(
 
 
 def _layers_by_input(
-    layers: Collection[str], collected: Mapping[str, InputStatistics], processes: Processes
+    layers: Collection[str], collected: Inputs, processes: Processes
 ) -> list[list[str]]:
     """Group the layers that have the same input in every process, or are unreached together in it."""
     # For each layer, the index of the first one with the same statistics in this process.

@@ -13,7 +13,7 @@ from wanda_lightning.common.wording import quantity
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.allocation import DenseLayer
 from wanda_lightning.core.patterns import Unstructured
-from wanda_lightning.core.statistics import GradientStatistics, InputStatistics
+from wanda_lightning.core.statistics import GradientStatistics, Inputs, InputStatistics
 from wanda_lightning.models import (
     Inventory,
     Layer,
@@ -32,7 +32,7 @@ from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded
 class DenseStatistics:
     """What allocations and patterns read of the dense model, by layer."""
 
-    inputs: Mapping[str, InputStatistics] = field(default_factory=dict)
+    inputs: Inputs = field(default_factory=dict)
     gradients: Mapping[str, GradientStatistics] = field(default_factory=dict)
 
 

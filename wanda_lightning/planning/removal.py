@@ -3,16 +3,18 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from wanda_lightning.calibration.observer import Observation, Observer, StopObserver
+from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
+from wanda_lightning.core.allocation import Sparsities
 from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.core.selection import Selection
-from wanda_lightning.models import Inventory, Layer, SkippedMatrix, Stop
+from wanda_lightning.models import Inventory, Layer, SkippedMatrices, Stop
 from wanda_lightning.planning.coverage import Note, low_coverage
 from wanda_lightning.planning.plan import DenseStatistics, Plan
 from wanda_lightning.planning.run import Run
@@ -52,7 +54,7 @@ class Removal(ABC):
 
     def choose_sparsities(
         self, plan: Plan, dense: DenseStatistics, read: Callable[[Layer], Tensor]
-    ) -> dict[str, float]:
+    ) -> Sparsities:
         """Return the sparsity of each layer with all statistics that the allocation reads, in one process for all.
 
         `read` returns the weights of the dense model.
@@ -84,7 +86,7 @@ class Removal(ABC):
     def selections(
         self,
         plan: Plan,
-        sparsities: Mapping[str, float],
+        sparsities: Sparsities,
         dense: DenseStatistics = DenseStatistics(),
     ) -> dict[str, Selection]:
         """Return how the weights of each layer are selected; a layer without a sparsity of its own gets the target."""
@@ -117,11 +119,11 @@ class Removal(ABC):
     def finish(self, run: Run) -> None:  # noqa: B027  # zeros need no description
         """Adapt what describes the model, after the last stop."""
 
-    def left_dense(self, dense: Mapping[str, SkippedMatrix]) -> Mapping[str, SkippedMatrix]:
+    def left_dense(self, dense: SkippedMatrices) -> SkippedMatrices:
         """Return the layers of the plan that stay dense, and what else stays dense with them."""
         return dense
 
-    def coverage(self, inventory: Inventory, dense: Mapping[str, SkippedMatrix]) -> Note | None:
+    def coverage(self, inventory: Inventory, dense: SkippedMatrices) -> Note | None:
         """Return a warning if much less of the model was pruned than a user would expect."""
         return low_coverage(inventory, dense)
 
@@ -129,7 +131,7 @@ class Removal(ABC):
         """Yield what a user should know about what left."""
         yield from ()
 
-    def settings(self, plan: Plan) -> dict[str, Any]:
+    def settings(self, plan: Plan) -> Kwargs:
         """Return entries for the configuration in the report."""
         limits = plan.config.allocation.limits(plan.config.sparsity)
         return {"allocation_limits": list(limits)} if limits else {}

@@ -13,8 +13,10 @@ from wanda_lightning.calibration.lockstep import Passed, Visit, Visits, lockstep
 from wanda_lightning.calibration.observer import Observation, StopObserver
 from wanda_lightning.calibration.pruning_mode import RestoredBuffers
 from wanda_lightning.calibration.samples import Samples
+from wanda_lightning.common.aliases import Action
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.wording import quantity
+from wanda_lightning.core.allocation import Sparsities
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.models import Layer, SkippedMatrix, SkipReason
 from wanda_lightning.planning.plan import Plan, refuse_unprunable
@@ -101,20 +103,20 @@ class WeightStore:
         bar.expect(run.samples.length)
         return observer.whole_model(run.plan.whole_model, run.samples, bar.advance)
 
-    def change_when_loaded(self, block: str, change: Callable[[], None]) -> None:
+    def change_when_loaded(self, block: str, change: Action) -> None:
         """Apply `change` again whenever the dense weights of a block are loaded; they have seen it once."""
 
-    def undo_change(self, change: Callable[[], None]) -> None:
+    def undo_change(self, change: Action) -> None:
         """Call `change`, which takes back a change of the dense weights of a block after their visit."""
         change()
 
     # Sparsities that an interrupted run has chosen
 
-    def stored_sparsities(self) -> Mapping[str, float]:
+    def stored_sparsities(self) -> Sparsities:
         """Return the sparsities that an earlier run has chosen; empty if there are none."""
         return {}
 
-    def store_sparsities(self, sparsities: Mapping[str, float]) -> None:
+    def store_sparsities(self, sparsities: Sparsities) -> None:
         """Store the sparsities for a later run that continues this one."""
 
     # The model while it is pruned

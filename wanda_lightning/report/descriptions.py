@@ -9,6 +9,7 @@ from typing import Any
 from wanda_lightning.common.wording import abbreviated, quantity
 from wanda_lightning.report.records import Measured, ReportData
 
+_Config = Mapping[str, Any]  # of a report
 _NEUTRAL = ("ZeroOut", "Uniform", "NoRecovery", "NoPermutation")  # choices that change nothing
 
 
@@ -127,13 +128,13 @@ def limits_of(report: ReportData) -> str:
     )
 
 
-def method_in_words(config: Mapping[str, Any]) -> str:
+def method_in_words(config: _Config) -> str:
     """Return a method with its choices, such as `best (ADMM, unstructured, Fisher)` or `SparseGPT (2:4, OWL)`."""
     name, others = method_of(config)
     return f"{name} ({others})" if others else name
 
 
-def method_of(config: Mapping[str, Any]) -> tuple[str, str]:
+def method_of(config: _Config) -> tuple[str, str]:
     """Return the preset, or else the criterion or solver, and the other choices."""
     choices = choices_of(config)
     if config.get("preset"):
@@ -142,7 +143,7 @@ def method_of(config: Mapping[str, Any]) -> tuple[str, str]:
     return name, others
 
 
-def choices_of(config: Mapping[str, Any]) -> str:
+def choices_of(config: _Config) -> str:
     """Return the choices of a pruning in words, such as `SparseGPT, 2:4, OWL`."""
     method = choice_of(config, "solver") or choice_of(config, "criterion")
     pattern = choice_of(config, "pattern").lower()
@@ -157,7 +158,7 @@ def choices_of(config: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, words))
 
 
-def choice_of(config: Mapping[str, Any], option: str) -> str:
+def choice_of(config: _Config, option: str) -> str:
     """Return the name of a choice; empty if it changes nothing."""
     choice = config.get(option)
     if not isinstance(choice, Mapping) or choice.get("name") in _NEUTRAL:

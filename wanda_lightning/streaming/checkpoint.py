@@ -8,7 +8,7 @@ import ctypes
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -381,19 +381,19 @@ def available_device(device: str) -> torch.device:
         ) from error
 
 
+@dataclass(frozen=True)
 class _TensorInFile:
     """A tensor of a file, copied when it is read.
 
     Each tensor opens the file anew: what has been read from an open file stays in memory as long as it is open.
     """
 
-    def __init__(self, path: Path, key: str) -> None:
-        self._path = path
-        self._key = key
+    path: Path
+    key: str
 
     def __getitem__(self, index: Any) -> Tensor:
-        with safe_open(self._path, framework="pt") as file:
-            return file.get_slice(self._key)[index].clone()
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_slice(self.key)[index].clone()
 
 
 def _stamp(path: Path) -> tuple[int, int]:

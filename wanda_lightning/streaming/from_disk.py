@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wanda_lightning.common.aliases import StrPath
+from wanda_lightning.common.aliases import Kwargs, StrPath
 from wanda_lightning.common.atomic_write import resolve_path
 from wanda_lightning.common.checks import shown
 from wanda_lightning.common.errors import UserError
@@ -145,13 +145,11 @@ def pruned_from_disk(
     folder.forget()
 
 
-def _what_determines(
-    config: PruningConfig, checkpoint: Checkpoint, batches: list[Any]
-) -> dict[str, Any]:
+def _what_determines(config: PruningConfig, checkpoint: Checkpoint, batches: list[Any]) -> Kwargs:
     """Return the choices and data that determine the result, which a run that continues another must share."""
     model_config = checkpoint.model.config.to_dict()
     related = {key: value for key, value in model_config.items() if key not in _UNRELATED}
-    determines: dict[str, Any] = {
+    determines: Kwargs = {
         **config.describe(),
         "dtype": str(checkpoint.model.dtype),
         "device": checkpoint.device.type,

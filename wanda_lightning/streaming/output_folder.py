@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wanda_lightning.calibration.trees import map_tensors
-from wanda_lightning.common.aliases import StrPath
+from wanda_lightning.common.aliases import Kwargs, StrPath
 from wanda_lightning.common.atomic_write import (
     TEMPORARY,
     atomic_write,
@@ -107,7 +107,7 @@ class Shards:
 class _Progress:
     """The content of the progress file."""
 
-    made_with: dict[str, Any]  # choices and data that determine the result
+    made_with: Kwargs  # choices and data that determine the result
     sparsities: dict[str, float] = field(default_factory=dict)  # of each layer, once it is known
     written: dict[str, PartRecord] = field(default_factory=dict)  # by part
     report: str = ""  # of the finished pruning, as JSON

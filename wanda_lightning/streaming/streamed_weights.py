@@ -9,7 +9,9 @@ from torch import Tensor
 
 from wanda_lightning.calibration.lockstep import Visit, Visits, lockstep
 from wanda_lightning.calibration.observer import Observation, StopObserver
+from wanda_lightning.common.aliases import Action
 from wanda_lightning.common.progress import ProgressBar
+from wanda_lightning.core.allocation import Sparsities
 from wanda_lightning.models import Layer
 from wanda_lightning.planning.plan import refuse_unprunable
 from wanda_lightning.planning.run import Run, WeightStore
@@ -32,7 +34,7 @@ class StreamedWeights(WeightStore):
         self._checkpoint = checkpoint
         self._output = output
         self._is_dense = False
-        self._changes: dict[str, Callable[[], None]] = {}  # by block
+        self._changes: dict[str, Action] = {}  # by block
 
     @property
     def zeros(self) -> int:  # type: ignore[override]
@@ -84,20 +86,20 @@ class StreamedWeights(WeightStore):
                 visit.continue_by(partial(observer.watched, visit.stop))
         return observer.finish(plan.whole_model)
 
-    def change_when_loaded(self, block: str, change: Callable[[], None]) -> None:
+    def change_when_loaded(self, block: str, change: Action) -> None:
         """Call `change` whenever the block is read from the checkpoint."""
         self._changes[block] = change
 
-    def undo_change(self, change: Callable[[], None]) -> None:
+    def undo_change(self, change: Action) -> None:
         """Do nothing: the changed weights are not in memory any more, and are read again."""
 
     # Sparsities that an interrupted run has chosen
 
-    def stored_sparsities(self) -> Mapping[str, float]:
+    def stored_sparsities(self) -> Sparsities:
         """Return the sparsities that an interrupted run has stored; empty if there are none."""
         return self._output.progress.sparsities
 
-    def store_sparsities(self, sparsities: Mapping[str, float]) -> None:
+    def store_sparsities(self, sparsities: Sparsities) -> None:
         """Store the sparsities in the output folder."""
         self._output.save_progress(sparsities=dict(sparsities))
 
@@ -120,7 +122,8 @@ class StreamedWeights(WeightStore):
                 # Keep the blocks with stops still to come: some batches may already wait there.
                 self._store_all_but({block, *block_of_remaining.values()}, run)
                 # Batches also run through a block that is written already, but it is not pruned again.
-                self._load(block)
+                if block != RESIDENT:
+                    self.blocks.load(block)
                 if block == RESIDENT or block not in self._output.written:
                     refuse_unprunable(visit.stop.layers)
                     yield visit
@@ -153,10 +156,6 @@ class StreamedWeights(WeightStore):
     def _change_block(self, block: str) -> None:
         if block in self._changes:
             self._changes[block]()
-
-    def _load(self, block: str) -> None:
-        if block != RESIDENT:
-            self.blocks.load(block)
 
     def _load_only(self, name: str) -> None:
         """Load the block of a layer or stop, and free all others."""

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.float64 import wide_dtype, widened
 from wanda_lightning.core.masking import mask_
 from wanda_lightning.models import Layer
@@ -121,7 +122,7 @@ class MaskedWeights(AbstractContextManager["MaskedWeights"]):
             tensor.requires_grad_(requires_grad)
             tensor.grad = gradient
 
-    def groups(self, learning_rate: float) -> list[dict[str, Any]]:
+    def groups(self, learning_rate: float) -> list[Kwargs]:
         """Return the optimizer's groups; learning rates are relative to the root mean square of the kept weights."""
         groups = []
         for trained in self._trained:

@@ -21,6 +21,7 @@ from wanda_lightning.calibration.trees import (
     take_out_tensors,
     tensors_of,
 )
+from wanda_lightning.common.aliases import Forward, Kwargs
 from wanda_lightning.common.checks import Number, check
 from wanda_lightning.common.float64 import widened
 from wanda_lightning.models import Layer, Stop, fitting_mask
@@ -68,7 +69,7 @@ class _Run:
     """One call of a part, or some samples of it."""
 
     call: Call
-    inputs: tuple[tuple[Any, ...], dict[str, Any]]  # its arguments
+    inputs: tuple[tuple[Any, ...], Kwargs]  # its arguments
     output: Tensor  # of the dense part
     keep: Tensor | None  # what is not padding
 
@@ -119,7 +120,7 @@ class _Part:
     layers: tuple[Layer, ...]
     runs: list[_Run] = field(default_factory=list)
 
-    def record(self, call: Call, forward: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    def record(self, call: Call, forward: Forward, /, *args: Any, **kwargs: Any) -> Any:
         """Run the dense part, and copy its inputs, into which it may write, and its output."""
         inputs = clone_arguments((args, kwargs))
         output = forward(*args, **kwargs)

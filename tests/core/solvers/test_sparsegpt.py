@@ -4,7 +4,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 from support import reference
-from support.layers import WIDE, random_layer, solve
+from support.layers import WIDE, random_layer, solve, wide_layer
 from support.reference import assert_keeps
 
 from wanda_lightning.core.criteria import Magnitude, Saliency, Wanda
@@ -76,7 +76,7 @@ def test_rows_and_layers_have_their_exact_number_whatever_the_blocks(block_size,
 @pytest.mark.parametrize(("before", "after"), [(0.3, 0.6), (0.5, 0.5), (0.5, 0.51)])
 def test_rows_that_wanda_pruned_have_their_exact_number(criterion, before, after):
     """The zeros of a row are unevenly distributed over its blocks of columns."""
-    weight, tokens = random_layer(shape=WIDE, tokens=500)
+    weight, tokens = wide_layer()
     pruned, _ = solve(ZeroOut(), weight, tokens, sparsity=before)
     again, keep = solve(SparseGPT(), pruned, tokens, criterion, sparsity=after)
     assert (~keep).sum(dim=1).tolist() == [int(300 * after)] * 12
@@ -86,14 +86,14 @@ def test_rows_that_wanda_pruned_have_their_exact_number(criterion, before, after
 
 
 def test_other_patterns_make_up_for_earlier_blocks():
-    weight, tokens = random_layer(shape=WIDE, tokens=500)
+    weight, tokens = wide_layer()
     _, keep = solve(SparseGPT(), weight, tokens, pattern=EqualShare(), sparsity=0.5)
     assert (~keep).float().mean().item() == pytest.approx(0.5, abs=0.005)
 
 
 @pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), NM(2, 4)], ids=str)
 def test_zeros_on_the_left_stay_even_if_they_exceed_the_target(pattern):
-    weight, tokens = random_layer(shape=WIDE, tokens=500)
+    weight, tokens = wide_layer()
     weight[:, :128] = 0
     pruned, _ = solve(SparseGPT(), weight, tokens, pattern=pattern, sparsity=0.3)
     assert not pruned[:, :128].any()
@@ -104,7 +104,7 @@ def test_zeros_on_the_left_stay_even_if_they_exceed_the_target(pattern):
 @pytest.mark.parametrize(("group", "zeros"), [("row", 0), ("layer", 0), ("layer", 4)])
 def test_inputs_that_are_never_active_count(group, zeros):
     """They are all in the last block, and leave less to prune left of it. So do zeros, such as those of whole rows."""
-    weight, tokens = random_layer(shape=WIDE, tokens=500)
+    weight, tokens = wide_layer()
     tokens[:, 200:] = 0
     weight[:zeros] = 0
     pruned, keep = solve(SparseGPT(), weight, tokens, pattern=Unstructured(group), sparsity=0.6)

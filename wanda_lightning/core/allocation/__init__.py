@@ -8,6 +8,7 @@ from wanda_lightning.core.allocation.allocation import (
     Allocation as Allocation,
     DenseLayer as DenseLayer,
     GradientLimit as GradientLimit,
+    Sparsities as Sparsities,
     Uniform as Uniform,
     UnitLayer as UnitLayer,
     match_target as match_target,
