@@ -11,6 +11,7 @@ from hypothesis import assume, given, strategies as st
 from numpy.testing import assert_allclose
 from support import reference
 from support.layers import rng
+from support.mlps import Holding
 from support.quiet import prune
 from support.samples import samples_of
 from timm.layers import Conv2dSame
@@ -28,18 +29,6 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Of torch and of numpy.
 MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
-
-
-class Holding(nn.Module):
-    """One layer, behind an unused convolution of its kind that takes the place of the stem."""
-
-    def __init__(self, part):
-        super().__init__()
-        self.stem = nn.Conv1d(1, 1, 1) if isinstance(part, nn.Conv1d) else nn.Conv2d(1, 1, 1)
-        self.part = part
-
-    def forward(self, x, attention_mask=None):
-        return self.part(x)
 
 
 @dataclass

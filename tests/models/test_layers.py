@@ -10,6 +10,7 @@ from hypothesis import assume, given, strategies as st
 from lightning.pytorch.plugins.precision import HalfPrecision
 from support.disk import same
 from support.layers import rng
+from support.mlps import Holding
 from support.quiet import prune
 from support.zoo import seeded
 from timm.layers import Conv2dSame, Linear as TimmLinear
@@ -21,15 +22,6 @@ from transformers.pytorch_utils import Conv1D
 from wanda_lightning.models import find_layers
 
 MODES = ["zeros", "reflect", "replicate", "circular"]
-
-
-class Holding(nn.Module):
-    """A layer as a part of a model, behind another convolution of its kind, so that it is no stem."""
-
-    def __init__(self, part):
-        super().__init__()
-        self.first = nn.Conv1d(1, 1, 1) if isinstance(part, nn.Conv1d) else nn.Conv2d(1, 1, 1)
-        self.part = part
 
 
 def layers_of(module):

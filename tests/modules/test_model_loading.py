@@ -100,12 +100,6 @@ def test_checkpoint(tmp_path):
         ),
         (
             ImageClassifierModule,
-            "vit_tinyy",
-            None,
-            r"is 'vit_tinyy'\. Did you mean vit_tiny_patch16_224 or",
-        ),
-        (
-            ImageClassifierModule,
             "resnet18.a1_in2k",
             None,
             r"is 'resnet18\.a1_in2k'\. Did you mean resnet18\.a1_in1k or",
