@@ -132,8 +132,10 @@ def test_what_is_refused(choices, message):
 
 
 def test_a_class_in_the_place_of_an_object_is_told_so():
-    message = r"criterion must be of class Criterion or .*, but it is <class.* Wanda\(\.\.\.\)"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(
+        ValueError,
+        match=r"criterion must be of class Criterion or .*, but it is <class.* Wanda\(\.\.\.\)",
+    ):
         PruningConfig.from_names(criterion=Wanda)
 
 
@@ -174,6 +176,7 @@ def test_typed_choices_are_the_arguments():
     ],
 )
 def test_an_unknown_choice_is_named(start):
-    message = r"^patern is no choice of pruning\. Did you mean pattern\?$"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(
+        ValueError, match=r"^patern is no choice of pruning\. Did you mean pattern\?$"
+    ):
         start(patern="2:4")

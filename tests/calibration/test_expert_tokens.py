@@ -139,8 +139,9 @@ def test_products_that_are_not_recognized_leave_their_experts_dense(sequential):
     model = remote(by_copies)
     report = prune(model, BATCHES, sequential=sequential)
     assert [layer.name for layer in report.layers] == ["1"]
-    reason = "no calibration token was observed in any expert of the module"
-    assert [matrix.detail for matrix in report.skipped] == [reason] * 8
+    assert [matrix.detail for matrix in report.skipped] == [
+        "no calibration token was observed in any expert of the module"
+    ] * 8
     assert [matrix.shape for matrix in report.skipped[::4]] == [(48, 32), (32, 48)]
     assert torch.equal(model[0].up_proj, remote(by_copies)[0].up_proj)
     assert any("no calibration token was observed in 8 layers" in note for note in report.notes)

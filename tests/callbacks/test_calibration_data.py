@@ -340,8 +340,7 @@ def test_the_next_validate_measures_the_pruned_model():
     callback = on_validation()
     expected = by_hand(module, 12)
     validate_module(module, callback)
-    measured = validate_module(module, callback)
-    assert measured == validate_module(expected)
+    assert validate_module(module, callback) == validate_module(expected)
     assert same(module, expected)
 
 

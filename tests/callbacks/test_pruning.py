@@ -67,8 +67,7 @@ class TestMeasuring:
         assert same(measuring.module, measuring.by_hand)
 
     def test_the_pruned_model_is_measured(self, measuring):
-        expected = run_loop(measuring.loop, measuring.by_hand)
-        assert_same(measuring.measured, expected)
+        assert_same(measuring.measured, run_loop(measuring.loop, measuring.by_hand))
 
     def test_the_report_has_all_layers_and_counts_their_samples(self, measuring):
         tokens = {layer.name: layer.tokens for layer in measuring.callback.report.layers}

@@ -99,8 +99,7 @@ def test_a_folder_that_is_filled_while_the_model_trains_costs_no_model(tmp_path,
     ):
         run.fit(module, DataLoader(windows_of_text(2)))
     assert not (out / "config.json").exists()
-    saved = AutoModelForCausalLM.from_pretrained(f"{out}-2")
-    assert same(saved, module.model)
+    assert same(AutoModelForCausalLM.from_pretrained(f"{out}-2"), module.model)
     assert f'from_pretrained("{out}-2")' in (tmp_path / "out-2/README.md").read_text()
 
 

@@ -397,8 +397,7 @@ def test_keep_zeros_alone(tmp_path, optimizer, dead):
 
 def test_keep_zeros_from_a_checkpoint_of_a_run_that_only_measured(tmp_path):
     module = pruned_elsewhere("adamw")
-    callback = KeepZeros()
-    measured = trainer(callback)
+    measured = trainer(KeepZeros())
     measured.validate(module, loader(), verbose=False)
     measured.save_checkpoint(tmp_path / "pruned.ckpt")
     resumed = made("adamw")

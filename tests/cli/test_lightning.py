@@ -138,7 +138,11 @@ def test_checkpoints_of_fit_are_loaded(write, model, module, monitor):
 def test_a_recipe_with_a_criterion_of_a_file_beside_it(recipe, monkeypatch, tmp_path):
     shutil.copy(own_criterion.__file__, "my_method.py")
     monkeypatch.syspath_prepend(tmp_path)
-    choices = "pattern: 2:4, criterion: {class_path: my_method.Power, init_args: {power: 0.3}}"
-    recipe.write_text(recipe.read_text().replace("pattern: 2:4", choices))
+    recipe.write_text(
+        recipe.read_text().replace(
+            "pattern: 2:4",
+            "pattern: 2:4, criterion: {class_path: my_method.Power, init_args: {power: 0.3}}",
+        )
+    )
     assert run("validate", "--config", recipe) == 0
     assert PruningReport.load("out").config["criterion"] == {"name": "Power", "power": 0.3}

@@ -41,11 +41,13 @@ def test_the_package_help_and_refusals_load_no_library(tmp_path):
     assert loaded == "set()"
     assert len(refusals) == 8  # one line for each
     assert 'Did you mean "prune"?' in refusals[0]
-    no_attribute = "AttributeError: module 'wanda_lightning' has no attribute 'nothing'\n"
-    assert traceback.endswith(no_attribute)
+    assert traceback.endswith(
+        "AttributeError: module 'wanda_lightning' has no attribute 'nothing'\n"
+    )
 
-    started = f"[]\nwanda_lightning {version('wanda_lightning')}\nUsage: wanda-lightning"
-    assert done.stdout.startswith(started)
+    assert done.stdout.startswith(
+        f"[]\nwanda_lightning {version('wanda_lightning')}\nUsage: wanda-lightning"
+    )
     assert done.stdout.count("Usage: wanda-lightning") == 5
     for group in ("Model", "Pruning", "Data", "Results", "Session"):
         assert f"─ {group} ─" in done.stdout

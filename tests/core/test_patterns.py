@@ -111,6 +111,7 @@ def test_n_of_m_takes_widths_of_whole_groups_and_its_own_sparsity_only(n, m):
     pattern.check(own)
     pattern.check(round(own, 6))
     for sparsity in (0.0, own - 0.01, own + 0.01):
-        text = f"sparsity must be {own:g} .*, but it is {sparsity:g}"
-        with pytest.raises(ValueError, match=text):
+        with pytest.raises(
+            ValueError, match=f"sparsity must be {own:g} .*, but it is {sparsity:g}"
+        ):
             pattern.check(sparsity)

@@ -32,8 +32,7 @@ def random_tokens():
 
 def integer_tokens(seed, count):
     """Their squares add up without rounding, so the order of a sum cannot matter."""
-    generator = rng(seed)
-    return torch.randint(-20, 21, (count, 6), generator=generator).float()
+    return torch.randint(-20, 21, (count, 6), generator=rng(seed)).float()
 
 
 def statistics(*batches):
@@ -154,8 +153,9 @@ def test_update_leaves_the_tokens_as_they_were_and_keeps_no_graph():
 
 
 def test_an_unknown_sum_is_refused():
-    text = r"needs must be names from .*square_sum.*, but they hold \['cube_sum'\]"
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(
+        ValueError, match=r"needs must be names from .*square_sum.*, but they hold \['cube_sum'\]"
+    ):
         InputStatistics({"square_sum", "cube_sum"})
 
 

@@ -256,8 +256,10 @@ def test_the_report_says_where_tokens_are_few():
     model = relu_mlp(32, 8, 8)
     dense = deepcopy(model)
     report = prune(model, [torch.randn(16, 32)], solver="refit")
-    note = "1 layer received fewer tokens than inputs, 0 fewest: 16 tokens for 32 inputs"
-    assert note in "".join(report.notes)
+    assert (
+        "1 layer received fewer tokens than inputs, 0 fewest: 16 tokens for 32 inputs"
+        in "".join(report.notes)
+    )
     assert not prune(dense, [torch.randn(16, 32)]).notes
 
 

@@ -171,8 +171,10 @@ def test_padding_does_not_count_along_one_dimension():
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
     batch = {"x": torch.randn(2, 16, 5).double(), "attention_mask": mask}
     report = prune(seeded(Text).double(), [batch])
-    note = "padding counted: the attention_mask does not show which inputs are padding"
-    assert [(layer.tokens, layer.note) for layer in report.layers] == [(7, ""), (6, note)]
+    assert [(layer.tokens, layer.note) for layer in report.layers] == [
+        (7, ""),
+        (6, "padding counted: the attention_mask does not show which inputs are padding"),
+    ]
 
 
 def test_a_convolution_is_no_block_for_its_groups():

@@ -268,8 +268,10 @@ def test_a_broken_gguf_file_is_named(folders, tmp_path, part):
 def test_encoders_are_refused(tmp_path, loaded):
     model = other("BertForMaskedLM").build()
     model.save_pretrained(tmp_path)
-    message = r"bert is an encoder.*perplexity would be meaningless.*wanda_lightning\.prune"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(
+        ValueError,
+        match=r"bert is an encoder.*perplexity would be meaningless.*wanda_lightning\.prune",
+    ):
         CausalLMModule(model if loaded else str(tmp_path))
     T5Config(d_model=32).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"t5 is an encoder-decoder.*wanda_lightning\.prune"):

@@ -122,8 +122,7 @@ def test_batches_are_read_once(option, name, sequential):
     kept = []
     for batches in (batches_of("llama"), iter(batches_of("llama"))):
         model = LLAMA()
-        choices = {option: name}
-        report = prune(model, batches, sequential=sequential, **choices)
+        report = prune(model, batches, sequential=sequential, **{option: name})
         assert report.config["calibration_batches"] == len(batches_of("llama"))
         kept.append(model.state_dict())
     assert_same(*kept)

@@ -171,8 +171,10 @@ def test_a_sweep_resumes(swept, capsys):
     before = times()
     other = (*swept[:3], "--set", "limit=2")
     assert run(*other) == 1
-    message = "tiny/1B/magnitude_50 has other options: batch_size was 1, is not given; limit"
-    assert message in capsys.readouterr().err
+    assert (
+        "tiny/1B/magnitude_50 has other options: batch_size was 1, is not given; limit"
+        in capsys.readouterr().err
+    )
     assert times() == before
     assert run(*other, "--only", "magnitude_50", "--overwrite") == 0
     assert rows()[1]["options"]["limit"] == "2"

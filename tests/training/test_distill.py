@@ -242,8 +242,7 @@ def test_a_model_may_be_called_with_a_key_value_cache():
     for use_cache in (False, True):
         model = model_of("llama").double()
         forward = partial(called_with, use_cache, model)
-        batches = batches_of("llama")
-        prune(model, batches, recovery=Distill(passes=1), forward=forward)
+        prune(model, batches_of("llama"), recovery=Distill(passes=1), forward=forward)
         models.append(model)
     assert_close_states(*models)
 

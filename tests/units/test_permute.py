@@ -123,8 +123,7 @@ def test_it_is_pruned_as_a_model_that_was_permuted_before():
 
 def test_heads_that_a_group_does_not_fit_into_stay():
     model = model_of("llama")
-    batches = batches_of("llama")
-    done = permute_model(model, batches, pattern="8:16")
+    done = permute_model(model, batches_of("llama"), pattern="8:16")
     assert {layer.rpartition(".")[2] for layer in done.kept} == {"down_proj"}
 
 
