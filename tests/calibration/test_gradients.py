@@ -124,8 +124,7 @@ def test_only_the_first_samples_go_backward():
     batches = batches_of("llama")
 
     def targets(batches, samples):
-        allocation = Fisher(num_samples=samples)
-        report = prune(model_of("llama"), batches, 0.5, allocation=allocation)
+        report = prune(model_of("llama"), batches, 0.5, allocation=Fisher(num_samples=samples))
         return [layer.target for layer in report.layers]
 
     first = targets(batches, len(batches[0]["input_ids"]))
@@ -135,8 +134,13 @@ def test_only_the_first_samples_go_backward():
 
 def test_the_bar_expects_the_batches_that_go_backward(capsys):
     model = relu_mlp(8, 8, 4)
-    batches = [torch.randn(2, 8) for _ in range(6)]
-    prune(model, batches, 0.5, allocation=Fisher(num_samples=3), progress=True)
+    prune(
+        model,
+        [torch.randn(2, 8) for _ in range(6)],
+        0.5,
+        allocation=Fisher(num_samples=3),
+        progress=True,
+    )
     assert "Backward pass 2/2 done" in capsys.readouterr().err
 
 
@@ -191,7 +195,6 @@ def test_samples_with_one_prediction_share_a_pass_and_fill_up_to_the_minimum(siz
 )
 def test_without_predictions_it_is_refused(change, message):
     model = model_of("plain_mlp")
-    batches = batches_of("plain_mlp")
     assert message in refusal(
-        model, batches, allocation="fisher", forward=lambda x: change(model(x))
+        model, batches_of("plain_mlp"), allocation="fisher", forward=lambda x: change(model(x))
     )

@@ -235,8 +235,9 @@ def test_calibration_changes_no_batch_of_the_loop(make, loop, at_step, batches):
     alone = Recorder()
     run_loop(loop, alone, data=make(), max_epochs=2)
     calibrating = Recorder()
-    callback = WandaPrune(num_samples=4, at_step=at_step)
-    run_loop(loop, calibrating, callback, data=make(), max_epochs=2)
+    run_loop(
+        loop, calibrating, WandaPrune(num_samples=4, at_step=at_step), data=make(), max_epochs=2
+    )
     assert len(alone.trained) == batches
     assert_same(calibrating.trained, alone.trained)
 

@@ -236,8 +236,9 @@ def fits(request):
     fit_module(make(), dense, count=24, **options)
     module = make()
     start = deepcopy(module.state_dict())
-    callback = WandaPrune(sparsity, num_samples=24, **when)
-    fit_module(module, before, callback, after, count=24, **options)
+    fit_module(
+        module, before, WandaPrune(sparsity, num_samples=24, **when), after, count=24, **options
+    )
     reached = {step: share * sparsity for step, share in stages.items()}
     return SimpleNamespace(
         dense=dense.at,

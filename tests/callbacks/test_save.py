@@ -61,8 +61,12 @@ def test_merges_then_saves_the_trained_model(tmp_path, overwrite):
     if overwrite:
         (tmp_path / "config.json").write_text("{}")
     module = Saving()
-    saving = SavePretrained(tmp_path, overwrite)
-    fit_module(module, PruningCallback(method="magnitude"), saving, max_steps=2)
+    fit_module(
+        module,
+        PruningCallback(method="magnitude"),
+        SavePretrained(tmp_path, overwrite),
+        max_steps=2,
+    )
     assert module.calls == ["merge", (tmp_path, overwrite, 0.5)]
 
 
@@ -178,8 +182,13 @@ def test_a_trained_model_that_cannot_be_saved_is_not_lost(tmp_path, failing):
 
 def card_after(tmp_path, *callbacks):
     module = CausalLMModule(tiny_llama(), lr=0.1)
-    saving = SavePretrained(tmp_path / "out")
-    fit_module(module, *callbacks, saving, data=DataLoader(windows_of_text(2)), max_steps=2)
+    fit_module(
+        module,
+        *callbacks,
+        SavePretrained(tmp_path / "out"),
+        data=DataLoader(windows_of_text(2)),
+        max_steps=2,
+    )
     path = tmp_path / "out/README.md"
     return module, path.read_text() if path.exists() else None
 
@@ -209,19 +218,23 @@ def test_the_card_counts_the_zeros_of_the_saved_model(tmp_path, keep_zeros):
     first_block = module.model.blocks[0]
     assert not first_block.mlp.fc1.bias.any()  # zero before training, but not after it
     pruning = PruningCallback(method="magnitude", keep_zeros=keep_zeros)
-    images = DataLoader([(torch.randn(3, 32, 32), label) for label in range(4)], batch_size=2)
-    fit_module(module, pruning, SavePretrained(tmp_path / "out"), data=images, max_steps=2)
+    fit_module(
+        module,
+        pruning,
+        SavePretrained(tmp_path / "out"),
+        data=DataLoader([(torch.randn(3, 32, 32), label) for label in range(4)], batch_size=2),
+        max_steps=2,
+    )
     saved = load_file(tmp_path / "out/model.safetensors").values()
     share = sum(int((tensor == 0).sum()) for tensor in saved) / sum(map(torch.numel, saved))
     assert f"which is {share:.2%} of all" in (tmp_path / "out/README.md").read_text()
 
 
 def test_the_folder_is_pushed_to_the_hub(tmp_path, hub):
-    saving = SavePretrained(tmp_path / "out", push_to_hub="us/tiny")
     fit_module(
         CausalLMModule(tiny_llama()),
         PruningCallback(method="magnitude"),
-        saving,
+        SavePretrained(tmp_path / "out", push_to_hub="us/tiny"),
         data=DataLoader(windows_of_text(1)),
         max_steps=1,
     )
@@ -314,8 +327,16 @@ def test_a_run_that_is_resumed_after_pruning_compares_at_once(tmp_path):
         Worsening(), Resumable(12), loader()
     )
     (tmp_path / "best").mkdir()
-    options = {"ckpt_path": tmp_path / "4.ckpt", "monitor": "train_loss", **EACH_STEP}
-    assert best_after(tmp_path / "best", prune_at(at_step=2), **options) == 5
+    assert (
+        best_after(
+            tmp_path / "best",
+            prune_at(at_step=2),
+            ckpt_path=tmp_path / "4.ckpt",
+            monitor="train_loss",
+            **EACH_STEP,
+        )
+        == 5
+    )
 
 
 def test_a_model_that_was_pruned_earlier(tmp_path):

@@ -97,8 +97,9 @@ class TestCheckpoints:
         fit.fit(Net(ADAMW), loader())
         fit.save_checkpoint(tmp_path / "dense.ckpt")
         module = Net(ADAMW)
-        callback = WandaPrune(num_samples=12)
-        fit_module(module, callback, max_epochs=2, ckpt_path=tmp_path / "dense.ckpt")
+        fit_module(
+            module, WandaPrune(num_samples=12), max_epochs=2, ckpt_path=tmp_path / "dense.ckpt"
+        )
         # Although the moments that were loaded are not zero there.
         assert share_of_zeros(module) == all_at(0.5)
 
@@ -361,8 +362,12 @@ def attempt(folder, is_killed):
     callback = WandaPrune(
         num_samples=24, dataloader=list(loader(24)), sequential="layer", **WHEN["cubic"][0]
     )
-    saving = ModelCheckpoint(folder, every_n_train_steps=1, save_last=True)
-    run = trainer(callback, saving, max_steps=12, enable_checkpointing=True)
+    run = trainer(
+        callback,
+        ModelCheckpoint(folder, every_n_train_steps=1, save_last=True),
+        max_steps=12,
+        enable_checkpointing=True,
+    )
     run.fit(module, Resumable(), ckpt_path="last" if any(folder.glob("last*.ckpt")) else None)
     torch.save(state(module), folder / "final.pt")
 

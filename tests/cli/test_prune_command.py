@@ -95,6 +95,7 @@ def test_the_report_describes_the_run(inputs, method, pattern):
     assert {layer.tokens for layer in report.layers} == {4 * SEQLEN if reads_data else 0}
     assert report.config["command"]["num_samples"] == 4
     calibration = f"{inputs}/long.txt, 4 windows of {SEQLEN} tokens, seed 0"
+
     assert report.run == Circumstances(
         command=report.run.command,
         model=f"{inputs}/llama",

@@ -103,6 +103,7 @@ def test_prune_from_disk_saves_the_smaller_model(text, structured, tmp_path, mon
     assert {path.name for path in tmp_path.iterdir()} == {"zeros", "small"}
     assert AutoModelForCausalLM.from_pretrained("small").config.intermediate_size == 64
     monkeypatch.setattr(StreamedWeights, "visits", None)  # nothing is pruned again
+
     assert run(*command) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"zeros", "small", "out"}
     assert_close(logits("small"), logits(structured), rtol=1e-4, atol=1e-5)

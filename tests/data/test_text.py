@@ -67,8 +67,10 @@ def test_calibration_on_one_text_draws_the_references_windows(tmp_path, tokenize
     docs = "\n\n".join(python_docs()["calibration"].values())
     for source, whole in ((str(tmp_path / "a.txt"), text), ("python-docs", docs)):
         data = TextDataModule(tokenizer, source, seqlen=16, num_samples=10, seed=3)
-        expected = slow_text_windows(tokenizer(whole).input_ids, 16, 10, 3)
-        assert torch.equal(ids_of(data.calibration_dataloader()), expected)
+        assert torch.equal(
+            ids_of(data.calibration_dataloader()),
+            slow_text_windows(tokenizer(whole).input_ids, 16, 10, 3),
+        )
 
 
 @pytest.mark.parametrize("kind", ["txt", "parquet"])

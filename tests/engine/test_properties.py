@@ -92,6 +92,7 @@ def convolution(draw, dtypes):
     mode = "zeros" if way == "same of timm" else draw(st.sampled_from(list(MODES)))
     stride = (1, 1) if way == "same" else draw(PAIRS)
     options = {"stride": stride, "dilation": dilation, "groups": groups}
+
     padding = draw(st.tuples(st.integers(0, 2), st.integers(0, 2))) if way == "numbers" else way
     if way == "same of timm":
         module = Conv2dSame(channels, out, kernel, **options)

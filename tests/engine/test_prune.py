@@ -400,6 +400,7 @@ def test_zeros_of_some_experts_are_held_in_training():
     run(model, batches_of("mixtral")[0]).square().mean().backward()
     optimizer.step()
     zero["model.layers.0.mlp.experts.down_proj"][1] = False
+
     for name, expected in zero.items():
         assert torch.equal(model.get_parameter(name) == 0, expected), name
     with torch.no_grad():  # a weight that passes zero: the state says that it is not held

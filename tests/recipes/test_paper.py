@@ -125,8 +125,13 @@ def test_every_cell_is_a_command_that_prunes_as_the_cell_is_named(path):
 @pytest.fixture
 def swept(family):
     """The file of a family, and the arguments with which its cells have run; the last one fails."""
-    path = family(lambda content: content["cells"].update(broken={"sparsity_type": "5:10"}))
-    arguments = (path, "--out", "out", "--set", "batch_size=1")
+    arguments = (
+        family(lambda content: content["cells"].update(broken={"sparsity_type": "5:10"})),
+        "--out",
+        "out",
+        "--set",
+        "batch_size=1",
+    )
     assert run(*arguments) == 1
     return arguments
 

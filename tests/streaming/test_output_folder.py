@@ -182,6 +182,7 @@ def test_a_block_that_cannot_be_written_is_an_error(source, out, monkeypatch):
 def test_other_choices_are_refused(source, copied, tmp_path, monkeypatch):
     interrupted(source, tmp_path / "out", monkeypatch, method="wanda")
     before = sorted(tmp_path.rglob("*"))
+
     for changed, message in (
         ({"batches": batches(seed=1)}, "calibration data"),
         ({"method": "magnitude"}, "criterion, pattern"),

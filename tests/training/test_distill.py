@@ -146,8 +146,7 @@ def test_samples_with_one_prediction_run_together(size):
             sizes.append(len(x))
         return model(x)
 
-    batches = some_batches(80 // size, size=size)
-    prune(model, batches, recovery=Distill(passes=1), forward=forward)
+    prune(model, some_batches(80 // size, size=size), recovery=Distill(passes=1), forward=forward)
     assert sizes == [1] + [8] * 8 + [6]  # the first shows whether there are gradients
 
 
@@ -178,8 +177,9 @@ def test_a_window_of_text_is_a_step(tokens, batch_size, steps, count, monkeypatc
     batches = [
         {"input_ids": torch.randint(3, 128, (4, tokens), generator=generator)} for _ in range(4)
     ]
-    recovery = Distill(passes=1, batch_size=batch_size)
-    report = prune(model_of("llama"), batches, 0.5, recovery=recovery)
+    report = prune(
+        model_of("llama"), batches, 0.5, recovery=Distill(passes=1, batch_size=batch_size)
+    )
     assert len(taken) == steps
     assert f"learning_rate={1e-3 * math.sqrt(count / 512)}," in report.training.recovery
 
@@ -387,8 +387,7 @@ def test_the_bias_of_the_head_and_so_the_dense_predictions_stay(wrapped):
     batches = some_batches(4)
     model = deepcopy(dense)
     target = nn.Sequential(model) if wrapped else model
-    recovery = Distill(passes=1, learning_rate=0.1)
-    prune(target, batches, 0.5, skip="*head", recovery=recovery)
+    prune(target, batches, 0.5, skip="*head", recovery=Distill(passes=1, learning_rate=0.1))
     assert torch.equal(model.head.bias, dense.head.bias)
     assert not torch.equal(model.body[0].bias, dense.body[0].bias)
 

@@ -152,8 +152,7 @@ def image_folders(tmp_path_factory):
         images = torch.randn(4, 3, specimen.size, specimen.size)
         folder = tmp_path_factory.mktemp("images") / name
         module = wl.ImageClassifierModule(model, model_kwargs=specimen.kwargs).eval()
-        batches = [(images, torch.arange(4))]
-        prune_units(model, batches, 0.4, allocation=specimen.allocation)
+        prune_units(model, [(images, torch.arange(4))], 0.4, allocation=specimen.allocation)
         module.save_pretrained(folder, shrink=True)
         torch.save(images, folder / "images.pt")
         modules[folder] = module

@@ -253,8 +253,10 @@ def tied():
 
 
 def adapted():
-    options = {"target_modules": ["up_proj", "o_proj"], "init_lora_weights": False}
-    return peft.get_peft_model(model_of("llama"), peft.LoraConfig(**options))
+    return peft.get_peft_model(
+        model_of("llama"),
+        peft.LoraConfig(target_modules=["up_proj", "o_proj"], init_lora_weights=False),
+    )
 
 
 @pytest.mark.parametrize(("make", "batches"), [(tied, images), (adapted, ZOO["llama"].batches)])
@@ -298,10 +300,17 @@ def test_two_processes_permute_alike(pair):
     ],
 )
 def test_a_callback_permutes_only_what_nothing_else_has_stored(at_step, make_others, permuted):
-    choices = {"method": "wanda", "pattern": "2:4", "permutation": "assignment", "num_samples": 12}
-    callback = PruningCallback(0.5, at_step=at_step, **choices)
+    callback = PruningCallback(
+        0.5,
+        at_step=at_step,
+        method="wanda",
+        pattern="2:4",
+        permutation="assignment",
+        num_samples=12,
+    )
     module = Net(ADAMW)
     module.layers = nn.Sequential(nn.Linear(32, 16), Mlp(), Mlp())
+
     with (
         nullcontext()
         if permuted

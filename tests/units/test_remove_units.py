@@ -267,8 +267,9 @@ def test_units_that_depend_on_others_stay_dense(make, coupled):
 def test_other_dtypes(name, dtype):
     model, batches = specimen(name)
     rounded = cast(batches, dtype)
-    found = units_in(deepcopy(model).to(dtype), rounded)
-    assert list(found) == list(units_in(model, batches)) != []
+    assert (
+        list(units_in(deepcopy(model).to(dtype), rounded)) == list(units_in(model, batches)) != []
+    )
 
 
 @pytest.mark.parametrize(
