@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pytest
@@ -36,8 +35,8 @@ class Case:
     """A model of one layer, its batches, and by hand what enters each of its matrices: (tokens, d_in) in float64."""
 
     model: nn.Module
-    batches: list[Any]
-    tokens: dict[str, np.ndarray]
+    batches: list
+    tokens: dict
     dtype: torch.dtype
 
     def matrices(self):

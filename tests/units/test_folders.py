@@ -5,7 +5,6 @@ import sys
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any
 
 import pytest
 import timm
@@ -122,11 +121,11 @@ assert "wanda_lightning" not in sys.modules
 class ImageModel:
     """A model of timm, and with which arguments it is saved."""
 
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    kwargs: dict = field(default_factory=dict)
     size: int = 32  # of its images
     allocation: str = "uniform"
     # Arguments that give the widths; without any, the folder needs a file.
-    arguments: dict[str, Any] = field(default_factory=dict)
+    arguments: dict = field(default_factory=dict)
 
 
 SMALL = {"img_size": 32, "embed_dim": 32, "num_heads": 4}
