@@ -207,8 +207,10 @@ def test_experts_in_a_list_help_each_other(set_minimum):
     report = prune(model, batches)
 
     few = "few tokens: pruned with the statistics of all experts"
-    helped = {layer.name: layer.tokens for layer in report.layers if few in layer.note}
-    assert helped == {"blocks.0.experts.1.up": 0, "blocks.0.experts.1.down": 0}
+    assert {layer.name: layer.tokens for layer in report.layers if few in layer.note} == {
+        "blocks.0.experts.1.up": 0,
+        "blocks.0.experts.1.down": 0,
+    }
     calls = calls_of(dense, [f"blocks.0.experts.{index}.up" for index in range(4)], batches)
     square_sum = torch.cat([x for each in calls.values() for (x,) in each]).square().sum(0)
     assert_pruned_by(square_sum, "blocks.0.experts.1.up", dense, model)

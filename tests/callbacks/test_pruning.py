@@ -70,8 +70,9 @@ class TestMeasuring:
         assert_same(measuring.measured, run_loop(measuring.loop, measuring.by_hand))
 
     def test_the_report_has_all_layers_and_counts_their_samples(self, measuring):
-        tokens = {layer.name: layer.tokens for layer in measuring.callback.report.layers}
-        assert tokens == dict.fromkeys(LAYERS, 12)
+        assert {
+            layer.name: layer.tokens for layer in measuring.callback.report.layers
+        } == dict.fromkeys(LAYERS, 12)
 
     def test_the_model_can_be_trained_afterward(self, measuring):
         module = measuring.module
@@ -480,8 +481,9 @@ class TestMetrics:
         assert found == pytest.approx(logged.callback.report.metrics())
 
     def test_other_callbacks_can_monitor_them(self, logged):
-        monitored = {name: float(value) for name, value in logged.run.callback_metrics.items()}
-        assert monitored == pytest.approx(sparsities(logged.stages[-1]))
+        assert {
+            name: float(value) for name, value in logged.run.callback_metrics.items()
+        } == pytest.approx(sparsities(logged.stages[-1]))
 
 
 @pytest.mark.parametrize("shown", [True, False])

@@ -51,8 +51,9 @@ def test_the_package_help_and_refusals_load_no_library(tmp_path):
     assert done.stdout.count("Usage: wanda-lightning") == 5
     for group in ("Model", "Pruning", "Data", "Results", "Session"):
         assert f"─ {group} ─" in done.stdout
-    words = " ".join(done.stdout.replace("│", "").split())
-    assert "Fraction of the pruned layers' weights that become" in words
+    assert "Fraction of the pruned layers' weights that become" in " ".join(
+        done.stdout.replace("│", "").split()
+    )
 
 
 def test_waiting_threads_leave_the_cores_to_others_and_bars_stay_out_of_files(monkeypatch):
@@ -72,8 +73,9 @@ def test_a_closed_pipe_still_saves(text, tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         process.stdout.close()
     assert process.returncode != 0
-    saved = everything_in(tmp_path / "out").keys()
-    assert {"pruning_report.json", "model/model.safetensors", "model/README.md"} <= saved
+    assert {"pruning_report.json", "model/model.safetensors", "model/README.md"} <= everything_in(
+        tmp_path / "out"
+    ).keys()
 
 
 WRAPPED = RuntimeError("a library wraps it")

@@ -329,8 +329,9 @@ def test_pruning_without_measuring(request, capsys, kind):
     assert report_in("out").run.metric == ""
     assert report_in("out").run.results == ()
     assert "perplexity" not in capsys.readouterr().out
-    log = Path("out/log_magnitude.txt").read_text()
-    assert log == "method\tactual_sparsity\nmagnitude\t0.5000\n"
+    assert (
+        Path("out/log_magnitude.txt").read_text() == "method\tactual_sparsity\nmagnitude\t0.5000\n"
+    )
 
 
 PUSH = ["--push_to_hub", "us/tiny"]

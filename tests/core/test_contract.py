@@ -344,8 +344,9 @@ def test_sparsities_follow_the_formula_to_within_a_weight_per_row(name, seed):
     expected = reference.SPARSITIES[name](arrays, 0.5)
     assert list(sparsities) == list(expected)
     for layer in layers:
-        deviation = abs(sparsities[layer.name] - expected[layer.name])
-        assert deviation < 1 / layer.weight.shape[1], layer.name
+        assert abs(sparsities[layer.name] - expected[layer.name]) < 1 / layer.weight.shape[1], (
+            layer.name
+        )
     assert len(set(expected.values())) >= {"uniform": 1, "owl": 4}.get(name, 5)
 
 

@@ -104,8 +104,9 @@ def test_patterns_without_groups_take_any_sparsity_and_width(pattern):
 @pytest.mark.parametrize(("n", "m"), N_OF_M)
 def test_n_of_m_takes_widths_of_whole_groups_and_its_own_sparsity_only(n, m):
     pattern = NM(n, m)
-    fitting = [d_in for d_in in range(1, 100) if pattern.why_not(d_in) is None]
-    assert fitting == list(range(m, 100, m))
+    assert [d_in for d_in in range(1, 100) if pattern.why_not(d_in) is None] == list(
+        range(m, 100, m)
+    )
     assert pattern.why_not(m + 1) == f"input width {m + 1} is not a multiple of {m}"
 
     own = 1 - n / m

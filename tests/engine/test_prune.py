@@ -192,8 +192,10 @@ def test_weights_without_a_shape_can_be_left_out():
         prune(model, criterion="magnitude")
     report = prune(model, criterion="magnitude", skip=["1"])
     assert [layer.name for layer in report.layers] == ["0"]
-    skipped = {matrix.name: matrix.shape for matrix in report.skipped}
-    assert skipped == {"1.weight": (), "1.bias": ()}
+    assert {matrix.name: matrix.shape for matrix in report.skipped} == {
+        "1.weight": (),
+        "1.bias": (),
+    }
     assert report.parameters == 8 * 8 + 8
 
 

@@ -278,6 +278,7 @@ def test_what_is_padding_may_be_anything(sequential):
 def test_a_weight_that_is_not_finite(criterion, value):
     model = build()
     model.head.weight.data[1, 2] = value
-    message = refusal(model, Untouched(), criterion=criterion)
-    assert "head has weights that are NaN or infinite. Check the checkpoint" in message
+    assert "head has weights that are NaN or infinite. Check the checkpoint" in refusal(
+        model, Untouched(), criterion=criterion
+    )
     assert prune(model, vectors(), skip=["head"], criterion=criterion).sparsity == 0.5

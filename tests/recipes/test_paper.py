@@ -143,8 +143,11 @@ def test_published_numbers_stand_beside_what_was_measured(capsys, request):
     for text in ("111.50", "222.25", f"{dense['ours']:.2f}", "Published: Nobody 2024"):
         assert text in shown
     assert (dense["cell"], dense["published"]) == ("dense", 111.5)
-    published = [(row["cell"], row["published"]) for row in others]
-    assert published == [("magnitude_50", None), ("wanda_2to4", 222.25), ("broken", None)]
+    assert [(row["cell"], row["published"]) for row in others] == [
+        ("magnitude_50", None),
+        ("wanda_2to4", 222.25),
+        ("broken", None),
+    ]
     for row in others[:2]:
         report = read_json(Path("out/tiny/1B", row["cell"], "pruning_report.json"))
         assert row["ours"] == report["run"]["after"]

@@ -207,8 +207,9 @@ def test_the_perplexity_is_that_of_the_model_in_memory(source, monkeypatch, caps
     with torch.no_grad():
         for batch in batches():
             metric.update(model(**batch).logits, batch["input_ids"])
-    measured = perplexity_from_disk(source, batches())
-    assert measured == pytest.approx(float(metric.compute()), rel=1e-6)
+    assert perplexity_from_disk(source, batches()) == pytest.approx(
+        float(metric.compute()), rel=1e-6
+    )
     assert re.search(
         r"Measuring 5/8 model\.layers\.1 \(\d+ s, \d+ s left\)", capsys.readouterr().err
     )

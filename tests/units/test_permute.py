@@ -87,8 +87,7 @@ def test_the_model_computes_the_same(name, dtype):
     dense = deepcopy(model.state_dict())
     blocks = find_layers(model).blocks
     done = permute_model(model, batches)
-    inside = {layer.removeprefix(f"{blocks[layer]}.") for layer in done.kept}
-    assert inside == READERS[name]
+    assert {layer.removeprefix(f"{blocks[layer]}.") for layer in done.kept} == READERS[name]
     assert not done.put_back
     for layer, (kept_before, kept_after) in done.kept.items():
         changed = not torch.equal(model.state_dict()[f"{layer}.weight"], dense[f"{layer}.weight"])

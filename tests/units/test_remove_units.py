@@ -174,8 +174,9 @@ def test_the_report_has_the_sparsity_of_each_layer(pruned):
 def test_the_report_lists_all_matrices(pruned):
     report = pruned.report
     parameters = pruned.model.named_parameters(remove_duplicate=False)
-    matrices = sorted(matrix.name for matrix in (*report.layers, *report.skipped))
-    assert matrices == sorted(key.removesuffix(".weight") for key, p in parameters if p.ndim > 1)
+    assert sorted(matrix.name for matrix in (*report.layers, *report.skipped)) == sorted(
+        key.removesuffix(".weight") for key, p in parameters if p.ndim > 1
+    )
 
 
 def test_the_report_names_the_number_of_units_once(pruned):
