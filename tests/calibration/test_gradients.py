@@ -108,8 +108,12 @@ def test_a_convolution_has_a_gradient_at_each_position_and_classes_are_in_dimens
     labels = torch.cat([drawn(each, index) for index, each in enumerate(logits)])
     g = gradient(logits.flatten(0, 1), labels, output).flatten(2)  # (images, channels, places)
     expected = (F.unfold(seen, 3, stride=2).square() * g.square().mean(1, keepdim=True)).sum((0, 2))
-    found = measured(nn.Sequential(stem, conv, nn.ReLU(), head), [x])["1"]
-    assert_close(found, expected.view(4, 9).T.flatten(), rtol=1e-4, atol=1e-8)
+    assert_close(
+        measured(nn.Sequential(stem, conv, nn.ReLU(), head), [x])["1"],
+        expected.view(4, 9).T.flatten(),
+        rtol=1e-4,
+        atol=1e-8,
+    )
 
 
 @pytest.mark.parametrize("name", ["llama_padded", "llama_left_padded"])
@@ -133,9 +137,8 @@ def test_only_the_first_samples_go_backward():
 
 
 def test_the_bar_expects_the_batches_that_go_backward(capsys):
-    model = relu_mlp(8, 8, 4)
     prune(
-        model,
+        relu_mlp(8, 8, 4),
         [torch.randn(2, 8) for _ in range(6)],
         0.5,
         allocation=Fisher(num_samples=3),

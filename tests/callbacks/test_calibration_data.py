@@ -91,8 +91,9 @@ class TestCalibrationSource:
     )
     def test_order(self, tag, make, loop, data, given):
         module = make()
-        run = trainer(WandaPrune(num_samples=4, dataloader=given), max_steps=1)
-        getattr(run, loop)(module, data())
+        getattr(trainer(WandaPrune(num_samples=4, dataloader=given), max_steps=1), loop)(
+            module, data()
+        )
         assert tags_of(module.seen) == [tag]
 
     @pytest.mark.parametrize(

@@ -274,13 +274,12 @@ def test_an_image_classifier(tmp_path):
     images = torch.randn(8, 3, 32, 32, generator=rng())
     prune(module, criterion="magnitude")
     expected = divergence(deepcopy(module).eval()(images), dense.eval()(images)).item()
-    batches = DataLoader([(images, torch.zeros(8, dtype=torch.long))] * 2, batch_size=None)
     fit_module(
         module,
         KeepZeros(),
         DistillFromDense(f"local-dir:{tmp_path / 'dense'}", weight=1.0),
         losses,
-        data=batches,
+        data=DataLoader([(images, torch.zeros(8, dtype=torch.long))] * 2, batch_size=None),
         max_steps=2,
     )
     assert losses.logged[0] == pytest.approx(expected, rel=1e-4)

@@ -56,9 +56,12 @@ def measuring(request):
     prune(by_hand, list(loader()), 0.5, sequential=sequential)
     callback = WandaPrune(num_samples=12, sequential=sequential, dataloader=loader())
     module = Net()
-    measured = run_loop(loop, module, callback)
     return SimpleNamespace(
-        loop=loop, module=module, by_hand=by_hand, callback=callback, measured=measured
+        loop=loop,
+        module=module,
+        by_hand=by_hand,
+        callback=callback,
+        measured=run_loop(loop, module, callback),
     )
 
 
@@ -416,8 +419,9 @@ def test_a_second_dense_model_with_some_natural_zeros_is_pruned(loop, sparsity):
 def test_two_callbacks_on_the_same_layers_keep_the_zeros_of_both():
     module = LooksAtZeros(OPTIMIZERS["momentum"], from_step=5)
     first = PruningCallback(0.25, method="magnitude")
-    second = WandaPrune(0.5, num_samples=24, at_step=5)
-    fit_module(module, Witness(), first, second, count=24, max_steps=12)
+    fit_module(
+        module, Witness(), first, WandaPrune(0.5, num_samples=24, at_step=5), count=24, max_steps=12
+    )
     assert share_of_zeros(module) == all_at(0.5)
 
 

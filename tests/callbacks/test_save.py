@@ -1,7 +1,5 @@
 """What SavePretrained saves when training ends, and what BestAfterPruning compares."""
 
-import os
-import signal
 from functools import partial
 
 import pytest
@@ -11,6 +9,7 @@ from safetensors.torch import load_file
 from support.callbacks import (
     ADAMW,
     Net,
+    PrintedSteps,
     Resumable,
     SaveAt,
     equal,
@@ -349,28 +348,14 @@ def test_a_model_that_was_pruned_earlier(tmp_path):
     assert best.best_model_score == 3
 
 
-class KilledWhileDense(Worsening):
-    """Prints when a step begins, and may kill its own process before the last stage of pruning."""
-
-    def __init__(self, is_killed):
-        super().__init__()
-        self.optimizer = ADAMW
-        self.is_killed = is_killed
-
-    def training_step(self, batch, batch_idx):
-        print(f"step {self.trainer.global_step}")
-        if self.is_killed and self.trainer.global_step == 7:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().training_step(batch, batch_idx)
-
-
 def continue_gradual_run(folder, is_killed):
     """Train for four epochs of three steps, from the last checkpoint if there is one, and write the result."""
-    module = KilledWhileDense(is_killed)
+    module = Worsening(ADAMW)
+    steps = PrintedSteps(7 if is_killed else None)  # it is dense until step 9
     last = folder / "last.ckpt"
     pruning = prune_at(sparsity=0.75, schedule=CubicSchedule(0, 9, every=3))
     best = BestAfterPruning("loss", dirpath=folder, save_last=True)
-    run = trainer(pruning, best, max_epochs=4, enable_checkpointing=True)
+    run = trainer(pruning, best, steps, max_epochs=4, enable_checkpointing=True)
     run.fit(module, loader(), loader(), ckpt_path=last if last.exists() else None)
     torch.save({**state(module), "best": best.best_model_score}, folder / "final.pt")
 

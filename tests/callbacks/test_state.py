@@ -14,6 +14,7 @@ from support.callbacks import (
     LAYERS,
     SGD,
     Net,
+    PrintedSteps,
     Resumable,
     SaveAt,
     all_at,
@@ -334,7 +335,7 @@ def test_a_report_of_another_version_stops_nothing(tmp_path):
 
 
 class Killed(Net):
-    """Prints when a step begins, and may kill its own process while the second stage of pruning is half done."""
+    """May kill its own process while the second stage of pruning is half done."""
 
     def __init__(self, is_killed):
         super().__init__(ADAMW)
@@ -351,10 +352,6 @@ class Killed(Net):
             os.kill(os.getpid(), signal.SIGKILL)
         return self(batch[0])
 
-    def training_step(self, batch, batch_idx):
-        print(f"step {self.trainer.global_step}")
-        return super().training_step(batch, batch_idx)
-
 
 def attempt(folder, is_killed):
     """Continue from the last checkpoint, if there is one, and write the result."""
@@ -365,6 +362,7 @@ def attempt(folder, is_killed):
     run = trainer(
         callback,
         ModelCheckpoint(folder, every_n_train_steps=1, save_last=True),
+        PrintedSteps(),
         max_steps=12,
         enable_checkpointing=True,
     )

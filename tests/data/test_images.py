@@ -76,8 +76,9 @@ def test_training_on_digits_shuffles_by_the_seed_and_mirrors_nothing():
 
 
 def images_of_each_step(data, *callbacks, **options):
-    module = ImageClassifierModule(vit(), num_classes=10)
-    return batches_of_each_step(module, data, *callbacks, **options)
+    return batches_of_each_step(
+        ImageClassifierModule(vit(), num_classes=10), data, *callbacks, **options
+    )
 
 
 def test_a_run_that_is_resumed_at_any_step_reads_the_batches_of_an_uninterrupted_one(tmp_path):

@@ -157,8 +157,13 @@ def test_held_out_samples_never_train(size):
     expected, model, report = pruned_with_and_without(dense, batches, recovery=Distill(passes=1))
     samples = torch.cat(batches)
     trained = [x[None] for index, x in enumerate(samples) if index % 8 != 7]
-    config = Distill(passes=1, batch_size=8, learning_rate=1e-3 * math.sqrt(8 / 512))
-    adamw_by_hand(expected, dense, weights_of(report), trained, config)
+    adamw_by_hand(
+        expected,
+        dense,
+        weights_of(report),
+        trained,
+        Distill(passes=1, batch_size=8, learning_rate=1e-3 * math.sqrt(8 / 512)),
+    )
     assert_close_states(model, expected, rtol=1e-6, atol=1e-9)
     with torch.no_grad():
         after = divergence(model, dense, samples[7::8])
