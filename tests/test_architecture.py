@@ -18,8 +18,8 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / PACKAGE).rg
 class Room(NamedTuple):
     """What a room may import, anywhere and only inside functions, and how many syntax nodes it may have."""
 
-    anywhere: set[str]
-    in_functions: set[str]
+    anywhere: set
+    in_functions: set
     nodes: int
 
 

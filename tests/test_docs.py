@@ -131,5 +131,6 @@ def test_the_links_of_a_page_lead_to_files_and_headings(page):
 
 def test_every_public_name_is_described():
     described = (DOCS / "api.md").read_text(encoding="utf-8")
-    names = re.findall(r"^\| `wanda_lightning\.(\w+)`", described, flags=re.MULTILINE)
-    assert sorted(names) == sorted(wanda_lightning.__all__)
+    assert sorted(
+        re.findall(r"^\| `wanda_lightning\.(\w+)`", described, flags=re.MULTILINE)
+    ) == sorted(wanda_lightning.__all__)

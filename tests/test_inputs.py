@@ -88,6 +88,7 @@ def llama(tmp_path_factory):
     ],
 )
 def test_tokens_without_an_embedding(llama, tmp_path, call, token):
-    message = f"input_ids must be from 0 to {VOCABULARY - 1}, .* but one is {token}"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(
+        ValueError, match=f"input_ids must be from 0 to {VOCABULARY - 1}, .* but one is {token}"
+    ):
         call(llama, {"input_ids": torch.full((2, 8), token)}, tmp_path / "out")

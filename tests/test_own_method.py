@@ -60,8 +60,7 @@ def model():
 
 @pytest.fixture
 def batch():
-    tokens = torch.randn(50, 16, generator=rng(1))
-    return tokens * torch.linspace(0.1, 3, 16)
+    return torch.randn(50, 16, generator=rng(1)) * torch.linspace(0.1, 3, 16)
 
 
 def without_smallest(weight, scores):

@@ -129,8 +129,9 @@ def used_in(folder):
 
 def test_the_table_has_every_name_with_its_file():
     """If this fails: find a public way, or change `private_names.txt`."""
-    used = {name: ", ".join(files) for name, files in used_in(PACKAGE).items()}
-    assert used == {name: use.file for name, use in USES.items()}
+    assert {name: ", ".join(files) for name, files in used_in(PACKAGE).items()} == {
+        name: use.file for name, use in USES.items()
+    }
 
 
 @pytest.mark.parametrize("name", USES)

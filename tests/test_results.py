@@ -42,8 +42,9 @@ def test_every_run_says_when_and_how_it_was_made(table):
 
 @pytest.mark.parametrize("table", TABLES)
 def test_every_file_has_the_name_and_the_numbers_of_its_run(table):
-    names = [f"{run.name}.json" for run in read_table(table) if run.measured]
-    assert sorted(names) == sorted(file.name for file in (FOLDER / table).iterdir())
+    assert sorted([f"{run.name}.json" for run in read_table(table) if run.measured]) == sorted(
+        file.name for file in (FOLDER / table).iterdir()
+    )
 
 
 @pytest.mark.parametrize("table", ["methods", "tasks", "own_text"])

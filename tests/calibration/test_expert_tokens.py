@@ -139,8 +139,9 @@ def test_products_that_are_not_recognized_leave_their_experts_dense(sequential):
     model = remote(by_copies)
     report = prune(model, BATCHES, sequential=sequential)
     assert [layer.name for layer in report.layers] == ["1"]
-    reason = "no calibration token was observed in any expert of the module"
-    assert [matrix.detail for matrix in report.skipped] == [reason] * 8
+    assert [matrix.detail for matrix in report.skipped] == [
+        "no calibration token was observed in any expert of the module"
+    ] * 8
     assert [matrix.shape for matrix in report.skipped[::4]] == [(48, 32), (32, 48)]
     assert torch.equal(model[0].up_proj, remote(by_copies)[0].up_proj)
     assert any("no calibration token was observed in 8 layers" in note for note in report.notes)
@@ -206,8 +207,10 @@ def test_experts_in_a_list_help_each_other(set_minimum):
     report = prune(model, batches)
 
     few = "few tokens: pruned with the statistics of all experts"
-    helped = {layer.name: layer.tokens for layer in report.layers if few in layer.note}
-    assert helped == {"blocks.0.experts.1.up": 0, "blocks.0.experts.1.down": 0}
+    assert {layer.name: layer.tokens for layer in report.layers if few in layer.note} == {
+        "blocks.0.experts.1.up": 0,
+        "blocks.0.experts.1.down": 0,
+    }
     calls = calls_of(dense, [f"blocks.0.experts.{index}.up" for index in range(4)], batches)
     square_sum = torch.cat([x for each in calls.values() for (x,) in each]).square().sum(0)
     assert_pruned_by(square_sum, "blocks.0.experts.1.up", dense, model)

@@ -108,8 +108,12 @@ def test_a_convolution_has_a_gradient_at_each_position_and_classes_are_in_dimens
     labels = torch.cat([drawn(each, index) for index, each in enumerate(logits)])
     g = gradient(logits.flatten(0, 1), labels, output).flatten(2)  # (images, channels, places)
     expected = (F.unfold(seen, 3, stride=2).square() * g.square().mean(1, keepdim=True)).sum((0, 2))
-    found = measured(nn.Sequential(stem, conv, nn.ReLU(), head), [x])["1"]
-    assert_close(found, expected.view(4, 9).T.flatten(), rtol=1e-4, atol=1e-8)
+    assert_close(
+        measured(nn.Sequential(stem, conv, nn.ReLU(), head), [x])["1"],
+        expected.view(4, 9).T.flatten(),
+        rtol=1e-4,
+        atol=1e-8,
+    )
 
 
 @pytest.mark.parametrize("name", ["llama_padded", "llama_left_padded"])
@@ -124,8 +128,7 @@ def test_only_the_first_samples_go_backward():
     batches = batches_of("llama")
 
     def targets(batches, samples):
-        allocation = Fisher(num_samples=samples)
-        report = prune(model_of("llama"), batches, 0.5, allocation=allocation)
+        report = prune(model_of("llama"), batches, 0.5, allocation=Fisher(num_samples=samples))
         return [layer.target for layer in report.layers]
 
     first = targets(batches, len(batches[0]["input_ids"]))
@@ -134,9 +137,13 @@ def test_only_the_first_samples_go_backward():
 
 
 def test_the_bar_expects_the_batches_that_go_backward(capsys):
-    model = relu_mlp(8, 8, 4)
-    batches = [torch.randn(2, 8) for _ in range(6)]
-    prune(model, batches, 0.5, allocation=Fisher(num_samples=3), progress=True)
+    prune(
+        relu_mlp(8, 8, 4),
+        [torch.randn(2, 8) for _ in range(6)],
+        0.5,
+        allocation=Fisher(num_samples=3),
+        progress=True,
+    )
     assert "Backward pass 2/2 done" in capsys.readouterr().err
 
 
@@ -191,7 +198,6 @@ def test_samples_with_one_prediction_share_a_pass_and_fill_up_to_the_minimum(siz
 )
 def test_without_predictions_it_is_refused(change, message):
     model = model_of("plain_mlp")
-    batches = batches_of("plain_mlp")
     assert message in refusal(
-        model, batches, allocation="fisher", forward=lambda x: change(model(x))
+        model, batches_of("plain_mlp"), allocation="fisher", forward=lambda x: change(model(x))
     )

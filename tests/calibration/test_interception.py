@@ -84,6 +84,7 @@ def separate(self, x):
 def separate_past(self, x):
     """As WavLM does it."""
     q = x.transpose(0, 1)
+
     out, _ = F.multi_head_attention_forward(
         query=q,
         key=q,

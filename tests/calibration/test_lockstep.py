@@ -212,8 +212,7 @@ class Careful(Chain):
 def test_closing_early_ends_all_batches_even_if_a_model_catches_exceptions(kind, stops_seen):
     model = Careful(Mlp(), Mlp(), Mlp())
     model.kind = kind
-    stops = [Stop("", block, ()) for block in model.blocks]
-    visits = lockstep(stops, samples_of(model, vectors()))
+    visits = lockstep([Stop("", block, ()) for block in model.blocks], samples_of(model, vectors()))
     for _ in range(stops_seen):
         next(visits)
     visits.close()

@@ -119,8 +119,10 @@ def test_only_one_block_is_in_memory():
             kept.append(tensor.numel())
             return tensor
 
-        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-        with recomputing(model, blocks), hooks:
+        with (
+            recomputing(model, blocks),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
             model(torch.randn(16, 8))
         return sum(kept)
 

@@ -94,10 +94,9 @@ def test_an_error_names_the_batch_and_the_unit(sequential, samples, place):
         (RuntimeError, ValueError), match=r"three is too many|and the layer takes 8 features"
     ) as caught:
         prune(model, [X8, torch.ones(shape)], sequential=sequential)
-    notes = " ".join(caught.value.__notes__)
     assert (
         f"This happened in {place}calibration batch 1 (counted from 0), with shapes {shape}."
-        in notes
+        in " ".join(caught.value.__notes__)
     )
 
 

@@ -293,8 +293,10 @@ def test_gradients_inside_of_a_forward(sequential):
             square_sum = sum(x.square().sum(dim=(0, 1)) for (x,) in calls)
             scores = layer.weight.abs() * square_sum.sqrt()
             smallest = scores.argsort(dim=1, stable=True)[:, : layer.in_features // 2]
-            expected = layer.weight.detach().scatter(1, smallest, 0)
-            assert torch.equal(model.get_submodule(name).weight == 0, expected == 0), name
+            assert torch.equal(
+                model.get_submodule(name).weight == 0,
+                layer.weight.detach().scatter(1, smallest, 0) == 0,
+            ), name
         # The statistics of later modules see this one as it is pruned: all of a block at once, or layer by layer.
         if isinstance(layer, {"layer": nn.Linear, "block": Block, "none": ()}[sequential]):
             layer.load_state_dict(model.get_submodule(name).state_dict())

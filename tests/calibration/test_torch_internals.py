@@ -36,8 +36,9 @@ def test_a_module_knows_which_buffers_are_in_its_state_dict():
     module = nn.Module()
     module.register_buffer("saved", torch.zeros(1))
     module.register_buffer("cache", torch.zeros(1), persistent=False)
-    found = [is_persistent(module, name) for name in ("saved", "cache")]
-    assert found == [True, False], "Module._non_persistent_buffers_set has another meaning"
+    assert [is_persistent(module, name) for name in ("saved", "cache")] == [True, False], (
+        "Module._non_persistent_buffers_set has another meaning"
+    )
 
 
 @pytest.mark.parametrize(

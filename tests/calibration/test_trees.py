@@ -38,8 +38,11 @@ def test_containers_are_mapped_and_objects_are_left():
     cache = Cache()
     tree = {"pair": Pair(torch.ones(1), [torch.ones(2)]), "cache": cache, "text": "a"}
     others = {"text": "a", "cache": cache, "pair": Pair(torch.ones(3), [torch.ones(4)])}
-    lengths = map_tensors(lambda *tensors: [len(tensor) for tensor in tensors], tree, others)
-    assert lengths == {"pair": Pair([1, 3], [[2, 4]]), "cache": cache, "text": "a"}
+    assert map_tensors(lambda *tensors: [len(tensor) for tensor in tensors], tree, others) == {
+        "pair": Pair([1, 3], [[2, 4]]),
+        "cache": cache,
+        "text": "a",
+    }
 
 
 def test_references_to_one_object_remain_so():

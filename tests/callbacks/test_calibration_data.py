@@ -91,8 +91,9 @@ class TestCalibrationSource:
     )
     def test_order(self, tag, make, loop, data, given):
         module = make()
-        run = trainer(WandaPrune(num_samples=4, dataloader=given), max_steps=1)
-        getattr(run, loop)(module, data())
+        getattr(trainer(WandaPrune(num_samples=4, dataloader=given), max_steps=1), loop)(
+            module, data()
+        )
         assert tags_of(module.seen) == [tag]
 
     @pytest.mark.parametrize(
@@ -235,8 +236,9 @@ def test_calibration_changes_no_batch_of_the_loop(make, loop, at_step, batches):
     alone = Recorder()
     run_loop(loop, alone, data=make(), max_epochs=2)
     calibrating = Recorder()
-    callback = WandaPrune(num_samples=4, at_step=at_step)
-    run_loop(loop, calibrating, callback, data=make(), max_epochs=2)
+    run_loop(
+        loop, calibrating, WandaPrune(num_samples=4, at_step=at_step), data=make(), max_epochs=2
+    )
     assert len(alone.trained) == batches
     assert_same(calibrating.trained, alone.trained)
 
@@ -340,8 +342,7 @@ def test_the_next_validate_measures_the_pruned_model():
     callback = on_validation()
     expected = by_hand(module, 12)
     validate_module(module, callback)
-    measured = validate_module(module, callback)
-    assert measured == validate_module(expected)
+    assert validate_module(module, callback) == validate_module(expected)
     assert same(module, expected)
 
 

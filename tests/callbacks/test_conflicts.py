@@ -196,8 +196,7 @@ def test_a_best_checkpoint_from_before_pruning_is_warned_of(
 
 
 def test_testing_a_checkpoint_from_before_pruning_is_warned_of(tmp_path):
-    callback = WandaPrune(num_samples=12, at_step=3)
-    run = trainer(callback, SaveAt(tmp_path, 2), max_steps=6)
+    run = trainer(WandaPrune(num_samples=12, at_step=3), SaveAt(tmp_path, 2), max_steps=6)
     run.fit(Net(), loader())
     module = Net()
     with pytest.warns(

@@ -98,14 +98,21 @@ def test_it_trains_like_a_loop_with_the_loss_written_out(weight, temperature, ac
     for network in (module, by_hand):
         prune(network, criterion="magnitude")
     callbacks = KeepZeros(), DistillFromDense(dense, weight, temperature), Losses()
-    options = {"accumulate_grad_batches": accumulate, "gradient_clip_val": clip}
-    fit_module(module, *callbacks, count=24, max_epochs=2, **options)
+    fit_module(
+        module,
+        *callbacks,
+        count=24,
+        max_epochs=2,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=clip,
+    )
     batches = [*loader(24)]
     pruned = zeros(by_hand)
     first = divergence(
         by_hand(batches[0][0]), by_hand.of_dense[0](batches[0][0]), temperature
     ).item()
     train_by_hand(by_hand, batches * 2, SGD(by_hand.parameters()), accumulate, clip)
+
     assert callbacks[2].logged[0] == pytest.approx(first)
     assert_close_states(module, by_hand)
     assert equal(zeros(module), pruned)
@@ -227,9 +234,12 @@ def test_adapters_learn_from_the_dense_model(keep_zeros):
     module = language_model(r=4, target_modules=["q_proj", "v_proj"], keep_zeros=keep_zeros)
     losses = Losses()
     base = deepcopy(module.pruning_target.state_dict())
-    batches = DataLoader([IDS] * 10, batch_size=None)
     fit_module(
-        module, DistillFromDense(tiny_llama(), weight=1.0), losses, data=batches, max_steps=10
+        module,
+        DistillFromDense(tiny_llama(), weight=1.0),
+        losses,
+        data=DataLoader([IDS] * 10, batch_size=None),
+        max_steps=10,
     )
     start = divergence(language_model()(IDS).logits, tiny_llama()(IDS).logits).item()
     assert losses.logged[0] == pytest.approx(start, rel=1e-4)
@@ -264,9 +274,14 @@ def test_an_image_classifier(tmp_path):
     images = torch.randn(8, 3, 32, 32, generator=rng())
     prune(module, criterion="magnitude")
     expected = divergence(deepcopy(module).eval()(images), dense.eval()(images)).item()
-    batches = DataLoader([(images, torch.zeros(8, dtype=torch.long))] * 2, batch_size=None)
-    callback = DistillFromDense(f"local-dir:{tmp_path / 'dense'}", weight=1.0)
-    fit_module(module, KeepZeros(), callback, losses, data=batches, max_steps=2)
+    fit_module(
+        module,
+        KeepZeros(),
+        DistillFromDense(f"local-dir:{tmp_path / 'dense'}", weight=1.0),
+        losses,
+        data=DataLoader([(images, torch.zeros(8, dtype=torch.long))] * 2, batch_size=None),
+        max_steps=2,
+    )
     assert losses.logged[0] == pytest.approx(expected, rel=1e-4)
     assert losses.logged[1] < losses.logged[0]
 

@@ -74,13 +74,16 @@ def test_exactly_the_pruned_weights_are_zero_after_every_step(
 ):
     module = LooksAtZeros(OPTIMIZERS[optimizer], from_step=at_step or 0)
     callback = prune_at(at_step, module, num_samples=24)
-    options = {
-        "accumulate_grad_batches": accumulate,
-        "max_steps": 8,
+    fit_module(
+        module,
+        Witness(),
+        callback,
+        count=24,
+        accumulate_grad_batches=accumulate,
+        max_steps=8,
         **CLIPPING[clip],
         **precision_of(precision),
-    }
-    fit_module(module, Witness(), callback, count=24, **options)
+    )
     assert hooks_of(module, module.used_optimizer) == []
     assert {round(where.float().mean().item(), 3) for where in module.pruned.values()} == {0.5}
     assert module.looks >= 4 * (8 - module.from_step)

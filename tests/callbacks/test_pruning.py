@@ -56,9 +56,12 @@ def measuring(request):
     prune(by_hand, list(loader()), 0.5, sequential=sequential)
     callback = WandaPrune(num_samples=12, sequential=sequential, dataloader=loader())
     module = Net()
-    measured = run_loop(loop, module, callback)
     return SimpleNamespace(
-        loop=loop, module=module, by_hand=by_hand, callback=callback, measured=measured
+        loop=loop,
+        module=module,
+        by_hand=by_hand,
+        callback=callback,
+        measured=run_loop(loop, module, callback),
     )
 
 
@@ -67,12 +70,12 @@ class TestMeasuring:
         assert same(measuring.module, measuring.by_hand)
 
     def test_the_pruned_model_is_measured(self, measuring):
-        expected = run_loop(measuring.loop, measuring.by_hand)
-        assert_same(measuring.measured, expected)
+        assert_same(measuring.measured, run_loop(measuring.loop, measuring.by_hand))
 
     def test_the_report_has_all_layers_and_counts_their_samples(self, measuring):
-        tokens = {layer.name: layer.tokens for layer in measuring.callback.report.layers}
-        assert tokens == dict.fromkeys(LAYERS, 12)
+        assert {
+            layer.name: layer.tokens for layer in measuring.callback.report.layers
+        } == dict.fromkeys(LAYERS, 12)
 
     def test_the_model_can_be_trained_afterward(self, measuring):
         module = measuring.module
@@ -237,8 +240,9 @@ def fits(request):
     fit_module(make(), dense, count=24, **options)
     module = make()
     start = deepcopy(module.state_dict())
-    callback = WandaPrune(sparsity, num_samples=24, **when)
-    fit_module(module, before, callback, after, count=24, **options)
+    fit_module(
+        module, before, WandaPrune(sparsity, num_samples=24, **when), after, count=24, **options
+    )
     reached = {step: share * sparsity for step, share in stages.items()}
     return SimpleNamespace(
         dense=dense.at,
@@ -415,8 +419,9 @@ def test_a_second_dense_model_with_some_natural_zeros_is_pruned(loop, sparsity):
 def test_two_callbacks_on_the_same_layers_keep_the_zeros_of_both():
     module = LooksAtZeros(OPTIMIZERS["momentum"], from_step=5)
     first = PruningCallback(0.25, method="magnitude")
-    second = WandaPrune(0.5, num_samples=24, at_step=5)
-    fit_module(module, Witness(), first, second, count=24, max_steps=12)
+    fit_module(
+        module, Witness(), first, WandaPrune(0.5, num_samples=24, at_step=5), count=24, max_steps=12
+    )
     assert share_of_zeros(module) == all_at(0.5)
 
 
@@ -480,8 +485,9 @@ class TestMetrics:
         assert found == pytest.approx(logged.callback.report.metrics())
 
     def test_other_callbacks_can_monitor_them(self, logged):
-        monitored = {name: float(value) for name, value in logged.run.callback_metrics.items()}
-        assert monitored == pytest.approx(sparsities(logged.stages[-1]))
+        assert {
+            name: float(value) for name, value in logged.run.callback_metrics.items()
+        } == pytest.approx(sparsities(logged.stages[-1]))
 
 
 @pytest.mark.parametrize("shown", [True, False])

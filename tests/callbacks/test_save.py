@@ -1,7 +1,5 @@
 """What SavePretrained saves when training ends, and what BestAfterPruning compares."""
 
-import os
-import signal
 from functools import partial
 
 import pytest
@@ -11,6 +9,7 @@ from safetensors.torch import load_file
 from support.callbacks import (
     ADAMW,
     Net,
+    PrintedSteps,
     Resumable,
     SaveAt,
     equal,
@@ -61,8 +60,12 @@ def test_merges_then_saves_the_trained_model(tmp_path, overwrite):
     if overwrite:
         (tmp_path / "config.json").write_text("{}")
     module = Saving()
-    saving = SavePretrained(tmp_path, overwrite)
-    fit_module(module, PruningCallback(method="magnitude"), saving, max_steps=2)
+    fit_module(
+        module,
+        PruningCallback(method="magnitude"),
+        SavePretrained(tmp_path, overwrite),
+        max_steps=2,
+    )
     assert module.calls == ["merge", (tmp_path, overwrite, 0.5)]
 
 
@@ -99,8 +102,7 @@ def test_a_folder_that_is_filled_while_the_model_trains_costs_no_model(tmp_path,
     ):
         run.fit(module, DataLoader(windows_of_text(2)))
     assert not (out / "config.json").exists()
-    saved = AutoModelForCausalLM.from_pretrained(f"{out}-2")
-    assert same(saved, module.model)
+    assert same(AutoModelForCausalLM.from_pretrained(f"{out}-2"), module.model)
     assert f'from_pretrained("{out}-2")' in (tmp_path / "out-2/README.md").read_text()
 
 
@@ -179,8 +181,13 @@ def test_a_trained_model_that_cannot_be_saved_is_not_lost(tmp_path, failing):
 
 def card_after(tmp_path, *callbacks):
     module = CausalLMModule(tiny_llama(), lr=0.1)
-    saving = SavePretrained(tmp_path / "out")
-    fit_module(module, *callbacks, saving, data=DataLoader(windows_of_text(2)), max_steps=2)
+    fit_module(
+        module,
+        *callbacks,
+        SavePretrained(tmp_path / "out"),
+        data=DataLoader(windows_of_text(2)),
+        max_steps=2,
+    )
     path = tmp_path / "out/README.md"
     return module, path.read_text() if path.exists() else None
 
@@ -210,19 +217,23 @@ def test_the_card_counts_the_zeros_of_the_saved_model(tmp_path, keep_zeros):
     first_block = module.model.blocks[0]
     assert not first_block.mlp.fc1.bias.any()  # zero before training, but not after it
     pruning = PruningCallback(method="magnitude", keep_zeros=keep_zeros)
-    images = DataLoader([(torch.randn(3, 32, 32), label) for label in range(4)], batch_size=2)
-    fit_module(module, pruning, SavePretrained(tmp_path / "out"), data=images, max_steps=2)
+    fit_module(
+        module,
+        pruning,
+        SavePretrained(tmp_path / "out"),
+        data=DataLoader([(torch.randn(3, 32, 32), label) for label in range(4)], batch_size=2),
+        max_steps=2,
+    )
     saved = load_file(tmp_path / "out/model.safetensors").values()
     share = sum(int((tensor == 0).sum()) for tensor in saved) / sum(map(torch.numel, saved))
     assert f"which is {share:.2%} of all" in (tmp_path / "out/README.md").read_text()
 
 
 def test_the_folder_is_pushed_to_the_hub(tmp_path, hub):
-    saving = SavePretrained(tmp_path / "out", push_to_hub="us/tiny")
     fit_module(
         CausalLMModule(tiny_llama()),
         PruningCallback(method="magnitude"),
-        saving,
+        SavePretrained(tmp_path / "out", push_to_hub="us/tiny"),
         data=DataLoader(windows_of_text(1)),
         max_steps=1,
     )
@@ -315,8 +326,16 @@ def test_a_run_that_is_resumed_after_pruning_compares_at_once(tmp_path):
         Worsening(), Resumable(12), loader()
     )
     (tmp_path / "best").mkdir()
-    options = {"ckpt_path": tmp_path / "4.ckpt", "monitor": "train_loss", **EACH_STEP}
-    assert best_after(tmp_path / "best", prune_at(at_step=2), **options) == 5
+    assert (
+        best_after(
+            tmp_path / "best",
+            prune_at(at_step=2),
+            ckpt_path=tmp_path / "4.ckpt",
+            monitor="train_loss",
+            **EACH_STEP,
+        )
+        == 5
+    )
 
 
 def test_a_model_that_was_pruned_earlier(tmp_path):
@@ -329,28 +348,14 @@ def test_a_model_that_was_pruned_earlier(tmp_path):
     assert best.best_model_score == 3
 
 
-class KilledWhileDense(Worsening):
-    """Prints when a step begins, and may kill its own process before the last stage of pruning."""
-
-    def __init__(self, is_killed):
-        super().__init__()
-        self.optimizer = ADAMW
-        self.is_killed = is_killed
-
-    def training_step(self, batch, batch_idx):
-        print(f"step {self.trainer.global_step}")
-        if self.is_killed and self.trainer.global_step == 7:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return super().training_step(batch, batch_idx)
-
-
 def continue_gradual_run(folder, is_killed):
     """Train for four epochs of three steps, from the last checkpoint if there is one, and write the result."""
-    module = KilledWhileDense(is_killed)
+    module = Worsening(ADAMW)
+    steps = PrintedSteps(7 if is_killed else None)  # it is dense until step 9
     last = folder / "last.ckpt"
     pruning = prune_at(sparsity=0.75, schedule=CubicSchedule(0, 9, every=3))
     best = BestAfterPruning("loss", dirpath=folder, save_last=True)
-    run = trainer(pruning, best, max_epochs=4, enable_checkpointing=True)
+    run = trainer(pruning, best, steps, max_epochs=4, enable_checkpointing=True)
     run.fit(module, loader(), loader(), ckpt_path=last if last.exists() else None)
     torch.save({**state(module), "best": best.best_model_score}, folder / "final.pt")
 

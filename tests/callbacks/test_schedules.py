@@ -25,8 +25,9 @@ def test_stages_are_the_formula_at_each_step(kind, start, length, every):
         step for step in range(start + 1, end + 1) if (step - start) % every == 0 or step == end
     ]
     assert [step for step, _ in schedule.stages] == steps
-    expected = [CURVES[kind]((step - start) / length) for step in steps]
-    assert [share for _, share in schedule.stages] == pytest.approx(expected, abs=1e-12)
+    assert [share for _, share in schedule.stages] == pytest.approx(
+        [CURVES[kind]((step - start) / length) for step in steps], abs=1e-12
+    )
     assert schedule.stages[-1] == (end, 1.0)
     schedule.check()
 

@@ -14,6 +14,7 @@ from support.callbacks import (
     LAYERS,
     SGD,
     Net,
+    PrintedSteps,
     Resumable,
     SaveAt,
     all_at,
@@ -97,8 +98,9 @@ class TestCheckpoints:
         fit.fit(Net(ADAMW), loader())
         fit.save_checkpoint(tmp_path / "dense.ckpt")
         module = Net(ADAMW)
-        callback = WandaPrune(num_samples=12)
-        fit_module(module, callback, max_epochs=2, ckpt_path=tmp_path / "dense.ckpt")
+        fit_module(
+            module, WandaPrune(num_samples=12), max_epochs=2, ckpt_path=tmp_path / "dense.ckpt"
+        )
         # Although the moments that were loaded are not zero there.
         assert share_of_zeros(module) == all_at(0.5)
 
@@ -333,7 +335,7 @@ def test_a_report_of_another_version_stops_nothing(tmp_path):
 
 
 class Killed(Net):
-    """Prints when a step begins, and may kill its own process while the second stage of pruning is half done."""
+    """May kill its own process while the second stage of pruning is half done."""
 
     def __init__(self, is_killed):
         super().__init__(ADAMW)
@@ -350,10 +352,6 @@ class Killed(Net):
             os.kill(os.getpid(), signal.SIGKILL)
         return self(batch[0])
 
-    def training_step(self, batch, batch_idx):
-        print(f"step {self.trainer.global_step}")
-        return super().training_step(batch, batch_idx)
-
 
 def attempt(folder, is_killed):
     """Continue from the last checkpoint, if there is one, and write the result."""
@@ -361,8 +359,13 @@ def attempt(folder, is_killed):
     callback = WandaPrune(
         num_samples=24, dataloader=list(loader(24)), sequential="layer", **WHEN["cubic"][0]
     )
-    saving = ModelCheckpoint(folder, every_n_train_steps=1, save_last=True)
-    run = trainer(callback, saving, max_steps=12, enable_checkpointing=True)
+    run = trainer(
+        callback,
+        ModelCheckpoint(folder, every_n_train_steps=1, save_last=True),
+        PrintedSteps(),
+        max_steps=12,
+        enable_checkpointing=True,
+    )
     run.fit(module, Resumable(), ckpt_path="last" if any(folder.glob("last*.ckpt")) else None)
     torch.save(state(module), folder / "final.pt")
 
@@ -397,8 +400,7 @@ def test_keep_zeros_alone(tmp_path, optimizer, dead):
 
 def test_keep_zeros_from_a_checkpoint_of_a_run_that_only_measured(tmp_path):
     module = pruned_elsewhere("adamw")
-    callback = KeepZeros()
-    measured = trainer(callback)
+    measured = trainer(KeepZeros())
     measured.validate(module, loader(), verbose=False)
     measured.save_checkpoint(tmp_path / "pruned.ckpt")
     resumed = made("adamw")

@@ -31,8 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:num_samples is")  # some tests t
 def test_a_given_loader_is_divided(pair, num_samples):
     (batches, weights, report), (others, other_weights, _) = pair.run(cases.fit, num_samples, True)
     samples = cases.SAMPLES[:num_samples]
-    own = [list(samples.split(3))[rank::2] for rank in (0, 1)]
-    assert_same([batches, others], own)
+    assert_same([batches, others], [list(samples.split(3))[rank::2] for rank in (0, 1)])
     module = cases.Regression()
     expected = prune(module, list(samples.split(3)))
     assert_same(weights, other_weights)
@@ -78,9 +77,10 @@ def moved(before, after):
 
 
 def test_the_callback_prunes_and_keeps_the_zeros(pair):
-    loader = DataLoader(cases.SAMPLES, batch_size=2)
     results = pair.run(
-        cases.fit_with, "ddp", partial(WandaPrune, num_samples=16, dataloader=loader)
+        cases.fit_with,
+        "ddp",
+        partial(WandaPrune, num_samples=16, dataloader=DataLoader(cases.SAMPLES, batch_size=2)),
     )
     module = cases.Regression()
     expected = prune(module, list(cases.SAMPLES.split(2)))
@@ -160,8 +160,13 @@ def test_all_processes_use_the_samples_of_one_process(
         processes = SimpleNamespace(
             world_size=size, rank=rank, broadcast=lambda value, source: value
         )
-        loader = DataLoader(torch.arange(10), batch_size=batch_size)
-        data = CalibrationData(None, cases.Regression(), loader, num_samples, processes)
+        data = CalibrationData(
+            None,
+            cases.Regression(),
+            DataLoader(torch.arange(10), batch_size=batch_size),
+            num_samples,
+            processes,
+        )
         return [batch.tolist() for batch in data.batches()]
 
     whole = share(0, 1)

@@ -78,8 +78,12 @@ def test_models_side_by_side(stored, inputs, side_by_side, tmp_path, capsys):
         assert zeros == (64 * 32 / 2 if folder == pruned else 0)
         assert results[folder]["sparsity"]["model"] == zeros / model.num_parameters()
         for text in texts:
-            expected = pytest.approx(perplexity_by_hand(model, Path(text).read_text(), 5), rel=1e-6)
-            assert results[folder][text] == {"perplexity": expected, "windows": 5}
+            assert results[folder][text] == {
+                "perplexity": pytest.approx(
+                    perplexity_by_hand(model, Path(text).read_text(), 5), rel=1e-6
+                ),
+                "windows": 5,
+            }
         for name in ("arc_easy", "boolq"):
             by_hand = accuracies_by_hand(model, tiny_tokenizer(), name, DOCUMENTS[name])
             assert results[folder][name]["acc"] == by_hand["acc"]

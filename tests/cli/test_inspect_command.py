@@ -64,15 +64,19 @@ def test_inspect_says_which_layers_the_pattern_does_not_fit(inputs, capsys, monk
     out = capsys.readouterr().out
     reason = "input width 32 is not a multiple of 64"
     assert any(reason in row and " 12 " in row for row in out.splitlines())
-    note = "Note: the pattern does not fit 12 layers, model.layers.0.mlp.gate_proj largest (input"
-    assert note in out
+    assert (
+        "Note: the pattern does not fit 12 layers, model.layers.0.mlp.gate_proj largest (input"
+        in out
+    )
     assert "Note: only 20% of the weights" in out
 
 
 def test_inspect_says_that_hidden_units_are_in_few_layers(inputs, capsys):
     assert run("inspect", "--model", inputs / "llama", "--pattern", "structured") == 0
-    note = "prunes only those of these layers that write or read hidden units"
-    assert note in capsys.readouterr().out
+    assert (
+        "prunes only those of these layers that write or read hidden units"
+        in capsys.readouterr().out
+    )
 
 
 def test_blocks_that_are_alike_share_a_row_and_the_memory_of_streaming_is_named(inputs, capsys):

@@ -42,8 +42,9 @@ def write(inputs):
     """Writes the parts of a recipe into a file."""
 
     def write(*parts):
-        text = "".join(parts).replace("INPUTS", str(inputs)).replace("SEQLEN", str(SEQLEN))
-        Path("recipe.yaml").write_text(text)
+        Path("recipe.yaml").write_text(
+            "".join(parts).replace("INPUTS", str(inputs)).replace("SEQLEN", str(SEQLEN))
+        )
         return Path("recipe.yaml")
 
     return write
@@ -126,8 +127,7 @@ def test_checkpoints_of_fit_are_loaded(write, model, module, monitor):
     assert run("fit", "--config", recipe, "--trainer.max_epochs", 1) == 0
     saved = torch.load("best/last.ckpt", weights_only=True)
     assert saved["hyper_parameters"]["_class_path"] == f"wanda_lightning.{module.__name__}"
-    loaded = module.load_from_checkpoint("best/last.ckpt").state_dict()
-    assert_same(loaded, saved["state_dict"])
+    assert_same(module.load_from_checkpoint("best/last.ckpt").state_dict(), saved["state_dict"])
 
     goes_on = ["--config", recipe, "--ckpt_path", "best/last.ckpt"]
     assert run("validate", *goes_on) == 0
@@ -138,7 +138,11 @@ def test_checkpoints_of_fit_are_loaded(write, model, module, monitor):
 def test_a_recipe_with_a_criterion_of_a_file_beside_it(recipe, monkeypatch, tmp_path):
     shutil.copy(own_criterion.__file__, "my_method.py")
     monkeypatch.syspath_prepend(tmp_path)
-    choices = "pattern: 2:4, criterion: {class_path: my_method.Power, init_args: {power: 0.3}}"
-    recipe.write_text(recipe.read_text().replace("pattern: 2:4", choices))
+    recipe.write_text(
+        recipe.read_text().replace(
+            "pattern: 2:4",
+            "pattern: 2:4, criterion: {class_path: my_method.Power, init_args: {power: 0.3}}",
+        )
+    )
     assert run("validate", "--config", recipe) == 0
     assert PruningReport.load("out").config["criterion"] == {"name": "Power", "power": 0.3}

@@ -41,16 +41,19 @@ def test_the_package_help_and_refusals_load_no_library(tmp_path):
     assert loaded == "set()"
     assert len(refusals) == 8  # one line for each
     assert 'Did you mean "prune"?' in refusals[0]
-    no_attribute = "AttributeError: module 'wanda_lightning' has no attribute 'nothing'\n"
-    assert traceback.endswith(no_attribute)
+    assert traceback.endswith(
+        "AttributeError: module 'wanda_lightning' has no attribute 'nothing'\n"
+    )
 
-    started = f"[]\nwanda_lightning {version('wanda_lightning')}\nUsage: wanda-lightning"
-    assert done.stdout.startswith(started)
+    assert done.stdout.startswith(
+        f"[]\nwanda_lightning {version('wanda_lightning')}\nUsage: wanda-lightning"
+    )
     assert done.stdout.count("Usage: wanda-lightning") == 5
     for group in ("Model", "Pruning", "Data", "Results", "Session"):
         assert f"─ {group} ─" in done.stdout
-    words = " ".join(done.stdout.replace("│", "").split())
-    assert "Fraction of the pruned layers' weights that become" in words
+    assert "Fraction of the pruned layers' weights that become" in " ".join(
+        done.stdout.replace("│", "").split()
+    )
 
 
 def test_waiting_threads_leave_the_cores_to_others_and_bars_stay_out_of_files(monkeypatch):
@@ -70,8 +73,9 @@ def test_a_closed_pipe_still_saves(text, tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         process.stdout.close()
     assert process.returncode != 0
-    saved = everything_in(tmp_path / "out").keys()
-    assert {"pruning_report.json", "model/model.safetensors", "model/README.md"} <= saved
+    assert {"pruning_report.json", "model/model.safetensors", "model/README.md"} <= everything_in(
+        tmp_path / "out"
+    ).keys()
 
 
 WRAPPED = RuntimeError("a library wraps it")

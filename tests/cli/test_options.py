@@ -179,8 +179,14 @@ def test_the_revision_is_that_of_the_model():
 
 
 def test_the_revision_of_a_local_model_is_refused(inputs, refused):
-    message = "--revision must be left out for a local model, or"
-    refused("inspect", "--model", inputs / "llama", "--revision", "v1", message=message)
+    refused(
+        "inspect",
+        "--model",
+        inputs / "llama",
+        "--revision",
+        "v1",
+        message="--revision must be left out for a local model, or",
+    )
 
 
 # Another value than the default for each argument of `PruningConfig.from_names`, as it is typed.

@@ -95,6 +95,7 @@ def test_the_report_describes_the_run(inputs, method, pattern):
     assert {layer.tokens for layer in report.layers} == {4 * SEQLEN if reads_data else 0}
     assert report.config["command"]["num_samples"] == 4
     calibration = f"{inputs}/long.txt, 4 windows of {SEQLEN} tokens, seed 0"
+
     assert report.run == Circumstances(
         command=report.run.command,
         model=f"{inputs}/llama",
@@ -154,18 +155,20 @@ def test_a_page_changes_nothing_else(text):
     assert without.samples == ()
     assert replace(with_page, samples=(), command=without.command, costs=without.costs) == without
     weights = load_file("a/model/model.safetensors")
-    others = load_file("b/model/model.safetensors")
-    assert_same(weights, others)
-    sentence = r"Perplexity on \S+ \(6 windows of 32 tokens\) (rose|fell) from [\d,.]+ to [\d,.]+\."
-    assert re.search(sentence, Page(Path("a.html")).text)
+    assert_same(weights, load_file("b/model/model.safetensors"))
+    assert re.search(
+        r"Perplexity on \S+ \(6 windows of 32 tokens\) (rose|fell) from [\d,.]+ to [\d,.]+\.",
+        Page(Path("a.html")).text,
+    )
 
 
 def test_a_page_that_cannot_be_written_is_refused(text, refused, monkeypatch):
     Path("a.html").write_text("mine")
     refused(*text, "--report", "a.html", message="a.html exists and is not empty. Choose another")
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
-    message = "Reports with figures need matplotlib: pip install"
-    refused(*text, "--report", "c.html", message=message)
+    refused(
+        *text, "--report", "c.html", message="Reports with figures need matplotlib: pip install"
+    )
 
 
 def test_the_size_of_the_files_and_the_speed_are_beside_the_results(text, monkeypatch, capsys):
@@ -177,8 +180,9 @@ def test_the_size_of_the_files_and_the_speed_are_beside_the_results(text, monkey
     assert size == Measured("MiB of weights", pytest.approx(saved, rel=0.1), saved)
     expected = 2 * SEQLEN / 0.5
     assert speed == Measured("tokens per second", expected, expected)
-    sentence = f"Tokens per second: {expected:,.1f} (dense: {expected:,.1f})."
-    assert sentence in capsys.readouterr().out
+    assert (
+        f"Tokens per second: {expected:,.1f} (dense: {expected:,.1f})." in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
@@ -194,7 +198,6 @@ def test_an_image_classifier(inputs, images, capsys, name, method, group):
     log = Path(f"out/log_{method}.txt").read_text()
     assert log.endswith(f"\n{method}\t{report.sparsity:.4f}\t0.2500\n")
 
-    calibration = f"{inputs}/images, 6 images, seed 0"
     assert report.run == Circumstances(
         command=report.run.command,
         model=f"timm:{name} ({inputs}/{name}.safetensors)",
@@ -202,7 +205,7 @@ def test_an_image_classifier(inputs, images, capsys, name, method, group):
         before=0.25,
         after=0.25,
         data=f"{inputs}/images, 8 images",
-        calibration="" if method == "magnitude" else calibration,
+        calibration="" if method == "magnitude" else f"{inputs}/images, 6 images, seed 0",
         costs=report.run.costs,
     )
 
@@ -271,8 +274,7 @@ def test_a_model_that_cannot_begin_a_text_is_refused(text, refused):
 @pytest.fixture
 def streamed_options(inputs, text):
     """The options of a run from disk on two texts, except what to save."""
-    texts = f"{inputs}/other.txt,{inputs}/long.txt"
-    return [*text, "--method", "magnitude", "--evaluation", texts]
+    return [*text, "--method", "magnitude", "--evaluation", f"{inputs}/other.txt,{inputs}/long.txt"]
 
 
 def test_a_streamed_run_measures_what_one_in_memory_does(streamed_options, inputs, capsys):
@@ -327,8 +329,9 @@ def test_pruning_without_measuring(request, capsys, kind):
     assert report_in("out").run.metric == ""
     assert report_in("out").run.results == ()
     assert "perplexity" not in capsys.readouterr().out
-    log = Path("out/log_magnitude.txt").read_text()
-    assert log == "method\tactual_sparsity\nmagnitude\t0.5000\n"
+    assert (
+        Path("out/log_magnitude.txt").read_text() == "method\tactual_sparsity\nmagnitude\t0.5000\n"
+    )
 
 
 PUSH = ["--push_to_hub", "us/tiny"]

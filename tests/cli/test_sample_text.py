@@ -32,8 +32,9 @@ def test_text_is_the_most_likely_one_however_the_model_samples(inputs, caplog):
 def test_a_model_that_cannot_generate_is_a_warning(inputs):
     model = AutoModelForCausalLM.from_pretrained(inputs / "llama")
     model.generate = None
-    message = "LlamaForCausalLM cannot continue a prompt, so the report has no text"
-    with pytest.warns(UserWarning, match=message):
+    with pytest.warns(
+        UserWarning, match="LlamaForCausalLM cannot continue a prompt, so the report has no text"
+    ):
         assert (
             continuations(model, transformers.AutoTokenizer.from_pretrained(inputs / "llama")) == []
         )

@@ -60,8 +60,14 @@ def test_scattered_zeros_are_an_error_only_if_asked_to_write(pruned, refused, ca
     out = capsys.readouterr().out
     assert "Nothing can be removed: no hidden unit is zero on both sides.\nPrune with" in out
     assert "--save_model" not in out
-    message = "shrink must remove something. Nothing can be removed"
-    refused("shrink", "--model", pruned, "--save_model", "small", message=message)
+    refused(
+        "shrink",
+        "--model",
+        pruned,
+        "--save_model",
+        "small",
+        message="shrink must remove something. Nothing can be removed",
+    )
 
 
 @pytest.mark.parametrize(
@@ -89,12 +95,15 @@ def test_prune_from_disk_saves_the_smaller_model(text, structured, tmp_path, mon
     saving = ["--stream", "--shrink", "--save_model", "small", "--save", "out"]
     command = [*text, *STRUCTURED, *saving]
     with monkeypatch.context() as patched:
-        stop = "wanda_lightning.streaming.shrinking_from_disk.write_modeling_file"
-        patched.setattr(stop, lambda *_: signal.raise_signal(signal.SIGINT))
+        patched.setattr(
+            "wanda_lightning.streaming.shrinking_from_disk.write_modeling_file",
+            lambda *_: signal.raise_signal(signal.SIGINT),
+        )
         assert run(*command) != 0
     assert {path.name for path in tmp_path.iterdir()} == {"zeros", "small"}
     assert AutoModelForCausalLM.from_pretrained("small").config.intermediate_size == 64
     monkeypatch.setattr(StreamedWeights, "visits", None)  # nothing is pruned again
+
     assert run(*command) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"zeros", "small", "out"}
     assert_close(logits("small"), logits(structured), rtol=1e-4, atol=1e-5)

@@ -13,6 +13,7 @@ def test_a_dtype_has_the_name_that_stands_for_it():
 
 @pytest.mark.parametrize("dtype", [torch.float64, "float65", 16, None])
 def test_other_dtypes_are_refused(dtype):
-    message = "dtype must be one of auto, float32, bfloat16, float16, but it is '"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(
+        ValueError, match="dtype must be one of auto, float32, bfloat16, float16, but it is '"
+    ):
         dtype_name(dtype)

@@ -10,8 +10,7 @@ from wanda_lightning.core.keep_largest import keep_largest, keep_largest_of_each
 
 
 def integers(groups, size, levels):
-    generator = rng(size)
-    return torch.randint(0, levels, (groups, size), generator=generator)
+    return torch.randint(0, levels, (groups, size), generator=rng(size))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)

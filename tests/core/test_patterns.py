@@ -56,8 +56,9 @@ def test_n_of_every_m_survive(n, m, data):
 def test_equal_share_is_the_bisection(shape, sparsity):
     # float64 and integers: the running sums are exact, so no rounding decides where a row is cut
     scores = distinct_scores(*shape).double()
-    expected = reference.keep_equal_share(scores.numpy(), sparsity)
-    assert_keeps(EqualShare()(scores, sparsity), expected)
+    assert_keeps(
+        EqualShare()(scores, sparsity), reference.keep_equal_share(scores.numpy(), sparsity)
+    )
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.7])
@@ -103,14 +104,16 @@ def test_patterns_without_groups_take_any_sparsity_and_width(pattern):
 @pytest.mark.parametrize(("n", "m"), N_OF_M)
 def test_n_of_m_takes_widths_of_whole_groups_and_its_own_sparsity_only(n, m):
     pattern = NM(n, m)
-    fitting = [d_in for d_in in range(1, 100) if pattern.why_not(d_in) is None]
-    assert fitting == list(range(m, 100, m))
+    assert [d_in for d_in in range(1, 100) if pattern.why_not(d_in) is None] == list(
+        range(m, 100, m)
+    )
     assert pattern.why_not(m + 1) == f"input width {m + 1} is not a multiple of {m}"
 
     own = 1 - n / m
     pattern.check(own)
     pattern.check(round(own, 6))
     for sparsity in (0.0, own - 0.01, own + 0.01):
-        text = f"sparsity must be {own:g} .*, but it is {sparsity:g}"
-        with pytest.raises(ValueError, match=text):
+        with pytest.raises(
+            ValueError, match=f"sparsity must be {own:g} .*, but it is {sparsity:g}"
+        ):
             pattern.check(sparsity)

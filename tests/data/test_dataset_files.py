@@ -22,14 +22,17 @@ def test_an_unreachable_hub_is_one_clear_error(tmp_path, monkeypatch, tokenizer,
     assert ("hub cannot be reached" in message) == (not knows)
     assert isinstance(error.value.__cause__, ConnectionError)
     assert "no file or folder" not in message
-    advice = "Without a network, use --calibration python-docs (in Python, "
-    assert (advice in message) == (source in ("c4", "wikitext2"))
+    assert ("Without a network, use --calibration python-docs (in Python, " in message) == (
+        source in ("c4", "wikitext2")
+    )
 
 
 def test_files_in_a_folder_may_not_be_nested_too_deeply(tmp_path):
     """pyarrow would end the process."""
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "a.json").write_text('{"text": ' + "[" * 20_000 + "]" * 20_000 + "}")
-    message = r"The data of .*train.a\.json' cannot be loaded: line 1 is nested more than"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(
+        ValueError,
+        match=r"The data of .*train.a\.json' cannot be loaded: line 1 is nested more than",
+    ):
         load(str(tmp_path))

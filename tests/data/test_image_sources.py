@@ -60,8 +60,9 @@ def test_what_is_no_folder_is_refused_at_once(tmp_path, monkeypatch, name, found
 
 def test_a_class_without_training_images_is_refused(imagenet):
     paint(imagenet / "val" / "red", (0, 0), 1)
-    message = "training images for each class, but has none in train/red"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(
+        ValueError, match="training images for each class, but has none in train/red"
+    ):
         ImageDataModule(imagenet, vit()).setup("fit")
 
 
@@ -70,8 +71,9 @@ def test_training_images_are_never_measured_instead(imagenet):
     with pytest.raises(FileNotFoundError, match="val"):
         ImageDataModule(imagenet, vit()).setup("validate")
     (imagenet / "val" / "blue").mkdir(parents=True)
-    message = "images to measure on, but the classes in .*val have none"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(
+        ValueError, match=r"images to measure on, but the classes in .*val have none"
+    ):
         ImageDataModule(imagenet, vit()).setup("validate")
 
 

@@ -47,8 +47,7 @@ def test_calibration_images_are_a_seeded_choice_of_training_images(seed):
     data = opened("digits", vit(), num_samples=64, seed=seed)
     images, labels = images_of(data.calibration_dataloader())
     train = torch.stack([image for image, _ in data.train_dataloader().dataset])
-    order = torch.randperm(240, generator=rng(seed))
-    assert torch.equal(images, train[order[:64]])
+    assert torch.equal(images, train[torch.randperm(240, generator=rng(seed))[:64]])
     assert len(labels.unique()) == 10
     assert data.describe_calibration(1) == f"digits, 1 image, seed {seed}"
     assert data.describe_calibration(100) == f"digits, 64 images, seed {seed}"
@@ -77,8 +76,9 @@ def test_training_on_digits_shuffles_by_the_seed_and_mirrors_nothing():
 
 
 def images_of_each_step(data, *callbacks, **options):
-    module = ImageClassifierModule(vit(), num_classes=10)
-    return batches_of_each_step(module, data, *callbacks, **options)
+    return batches_of_each_step(
+        ImageClassifierModule(vit(), num_classes=10), data, *callbacks, **options
+    )
 
 
 def test_a_run_that_is_resumed_at_any_step_reads_the_batches_of_an_uninterrupted_one(tmp_path):

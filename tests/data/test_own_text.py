@@ -60,8 +60,9 @@ def test_a_tokenizer_without_a_first_token_begins_with_the_last_or_is_refused():
 
 
 def test_text_by_the_model_needs_a_trainer():
-    message = "a Trainer that runs a module with a model, but there is none"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(
+        ValueError, match="a Trainer that runs a module with a model, but there is none"
+    ):
         TextDataModule(byte_tokenizer(), calibration="self").calibration_dataloader()
 
 

@@ -67,8 +67,10 @@ def test_calibration_on_one_text_draws_the_references_windows(tmp_path, tokenize
     docs = "\n\n".join(python_docs()["calibration"].values())
     for source, whole in ((str(tmp_path / "a.txt"), text), ("python-docs", docs)):
         data = TextDataModule(tokenizer, source, seqlen=16, num_samples=10, seed=3)
-        expected = slow_text_windows(tokenizer(whole).input_ids, 16, 10, 3)
-        assert torch.equal(ids_of(data.calibration_dataloader()), expected)
+        assert torch.equal(
+            ids_of(data.calibration_dataloader()),
+            slow_text_windows(tokenizer(whole).input_ids, 16, 10, 3),
+        )
 
 
 @pytest.mark.parametrize("kind", ["txt", "parquet"])
@@ -133,8 +135,9 @@ def test_a_tokenizer_that_cannot_be_found_is_refused_before_anything_is_read(tmp
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(FileNotFoundError, match=r"missing\.gguf does not exist"):
         TextDataModule(str(tmp_path / "missing.gguf"))
-    message = "^tokenizer must be given, since no Trainer runs a module that has one"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(
+        ValueError, match=r"^tokenizer must be given, since no Trainer runs a module that has one"
+    ):
         TextDataModule().setup("validate")
     with pytest.raises(OSError, match="tokenizer of 'no/such' cannot be loaded"):
         TextDataModule("no/such").setup("validate")
@@ -198,8 +201,9 @@ def test_the_longest_windows_of_a_text(tmp_path, tokenizer):
     data = TextDataModule(tokenizer, evaluation=text, seqlen=20)
     assert data.evaluation_windows.shape == (1, 20)
     data = TextDataModule(tokenizer, evaluation=text, seqlen=21)
-    message = r"seqlen=21 needs a text of at least 21 tokens, but .*a\.txt has 20\."
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(
+        ValueError, match=r"seqlen=21 needs a text of at least 21 tokens, but .*a\.txt has 20\."
+    ):
         data.setup("validate")
 
 
@@ -224,8 +228,10 @@ def test_another_tokenizer_than_the_models_own_is_refused(tokenizer, monkeypatch
     module = language_model(257, reverse)
     for given in (None, reverse, byte_tokenizer(reverse=True)):
         validate_module(module, data=TextDataModule(given, seqlen=32, limit=2))
-    message = "^tokenizer must be the tokenizer of the model, but .* splits the text diff"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(
+        ValueError,
+        match=r"^tokenizer must be the tokenizer of the model, but .* splits the text diff",
+    ):
         validate_module(module, data=TextDataModule(tokenizer, seqlen=32, limit=2))
 
 

@@ -173,8 +173,9 @@ def test_errors_say_where_an_activation_is_not_finite():
         model = model_of("llama_left_padded").to(device)
         with torch.no_grad():
             model.model.layers[0].self_attn.v_proj.weight[3].mul_(1e30)
-        expected = r"o_proj holds NaN or infinity.* in calibration batch"
-        with pytest.raises(ValueError, match=expected) as caught:
+        with pytest.raises(
+            ValueError, match=r"o_proj holds NaN or infinity.* in calibration batch"
+        ) as caught:
             prune(model, batches_of("llama_left_padded"))
         messages.append(str(caught.value))
     assert messages[0] == messages[1]

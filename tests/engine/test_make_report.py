@@ -64,10 +64,14 @@ def test_what_the_pattern_does_not_fit_stays_dense(sequential, solver, caplog):
     other = uneven()
     choices = {"solver": solver, "sequential": sequential}
     report = prune(model, ROWS.split(1), pattern="2:4", **choices)
-    sparsities = {layer.name: layer.sparsity for layer in report.layers}
-    assert sparsities == {"0.down": 0.5, "1.down": 0.5, "2.down": 0.5}
-    heights = {matrix.name: matrix.shape[0] for matrix in report.skipped}
-    assert heights == dict(zip(MISFITS, (16, 16, 16, 40), strict=True))
+    assert {layer.name: layer.sparsity for layer in report.layers} == {
+        "0.down": 0.5,
+        "1.down": 0.5,
+        "2.down": 0.5,
+    }
+    assert {matrix.name: matrix.shape[0] for matrix in report.skipped} == dict(
+        zip(MISFITS, (16, 16, 16, 40), strict=True)
+    )
     assert {matrix.detail for matrix in report.skipped} == {"input width 6 is not a multiple of 4"}
     assert report.notes == (SAID, *coverage_notes(report))
     # 3 x 96 of 3 x 192 + 240.

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from hypothesis import assume, given, strategies as st
 from numpy.testing import assert_allclose
 from support import reference
 from support.layers import rng
+from support.mlps import Holding
 from support.quiet import prune
 from support.samples import samples_of
 from timm.layers import Conv2dSame
@@ -30,25 +30,13 @@ MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circul
 PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 
-class Holding(nn.Module):
-    """One layer, behind an unused convolution of its kind that takes the place of the stem."""
-
-    def __init__(self, part):
-        super().__init__()
-        self.stem = nn.Conv1d(1, 1, 1) if isinstance(part, nn.Conv1d) else nn.Conv2d(1, 1, 1)
-        self.part = part
-
-    def forward(self, x, attention_mask=None):
-        return self.part(x)
-
-
 @dataclass
 class Case:
     """A model of one layer, its batches, and by hand what enters each of its matrices: (tokens, d_in) in float64."""
 
     model: nn.Module
-    batches: list[Any]
-    tokens: dict[str, np.ndarray]
+    batches: list
+    tokens: dict
     dtype: torch.dtype
 
     def matrices(self):
@@ -103,6 +91,7 @@ def convolution(draw, dtypes):
     mode = "zeros" if way == "same of timm" else draw(st.sampled_from(list(MODES)))
     stride = (1, 1) if way == "same" else draw(PAIRS)
     options = {"stride": stride, "dilation": dilation, "groups": groups}
+
     padding = draw(st.tuples(st.integers(0, 2), st.integers(0, 2))) if way == "numbers" else way
     if way == "same of timm":
         module = Conv2dSame(channels, out, kernel, **options)

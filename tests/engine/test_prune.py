@@ -192,8 +192,10 @@ def test_weights_without_a_shape_can_be_left_out():
         prune(model, criterion="magnitude")
     report = prune(model, criterion="magnitude", skip=["1"])
     assert [layer.name for layer in report.layers] == ["0"]
-    skipped = {matrix.name: matrix.shape for matrix in report.skipped}
-    assert skipped == {"1.weight": (), "1.bias": ()}
+    assert {matrix.name: matrix.shape for matrix in report.skipped} == {
+        "1.weight": (),
+        "1.bias": (),
+    }
     assert report.parameters == 8 * 8 + 8
 
 
@@ -256,8 +258,10 @@ def test_the_report_says_where_tokens_are_few():
     model = relu_mlp(32, 8, 8)
     dense = deepcopy(model)
     report = prune(model, [torch.randn(16, 32)], solver="refit")
-    note = "1 layer received fewer tokens than inputs, 0 fewest: 16 tokens for 32 inputs"
-    assert note in "".join(report.notes)
+    assert (
+        "1 layer received fewer tokens than inputs, 0 fewest: 16 tokens for 32 inputs"
+        in "".join(report.notes)
+    )
     assert not prune(dense, [torch.randn(16, 32)]).notes
 
 
@@ -398,6 +402,7 @@ def test_zeros_of_some_experts_are_held_in_training():
     run(model, batches_of("mixtral")[0]).square().mean().backward()
     optimizer.step()
     zero["model.layers.0.mlp.experts.down_proj"][1] = False
+
     for name, expected in zero.items():
         assert torch.equal(model.get_parameter(name) == 0, expected), name
     with torch.no_grad():  # a weight that passes zero: the state says that it is not held

@@ -89,8 +89,9 @@ def test_names_of_tasks(tmp_path):
 
 
 def test_an_unknown_task_is_refused_with_the_nearest_one():
-    message = r"^tasks must be among .* but one is 'arc_eazy'\. Did you mean arc_easy"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(
+        ValueError, match=r"^tasks must be among .* but one is 'arc_eazy'\. Did you mean arc_easy"
+    ):
         load_tasks(["boolq", "arc_eazy"])
 
 

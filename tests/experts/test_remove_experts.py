@@ -252,6 +252,7 @@ def test_families(tmp_path):
     passed = set()
     refused = set()
     causal = names("causal")
+
     for name in [*causal, *names("other")]:
         if name == "hunyuan_v1_moe":  # it has one expert
             continue

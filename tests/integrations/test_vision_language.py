@@ -5,6 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from support.callbacks import zeros
 from support.pairwise import with_nightly
 from support.quiet import prune
 from support.zoo import other
@@ -59,9 +60,7 @@ def test_images_reach_the_statistics(name, method):
             assert {layer.tokens for layer in report.layers} == {
                 sum(batch["input_ids"].numel() for batch in batches)
             }
-        found.append(
-            {name: weight == 0 for name, weight in model.named_parameters() if weight.ndim == 2}
-        )
+        found.append(zeros(model))
     assert any((found[0][name] != found[1][name]).any() for name in found[0])
     with torch.no_grad():
         assert all(model(**batch).logits.isfinite().all() for batch in batches)

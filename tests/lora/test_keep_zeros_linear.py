@@ -77,8 +77,9 @@ def test_output_and_gradients_are_those_of_dense_autograd(kind, dropout):
         assert gradient.dtype == dtype
         assert relative(gradient, expected_gradient) < tolerance
     if not mixed:
-        large = {tensor.data_ptr() for tensor in saved if tensor.numel() == base.weight.numel()}
-        assert large == {base.weight.data_ptr()}
+        assert {tensor.data_ptr() for tensor in saved if tensor.numel() == base.weight.numel()} == {
+            base.weight.data_ptr()
+        }
 
 
 @pytest.mark.parametrize(

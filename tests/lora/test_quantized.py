@@ -25,8 +25,9 @@ from wanda_lightning.lora import KEEP_ZEROS_LORA, merge
 
 
 def by_torchao(folder, dtype=torch.float32):
-    config = TorchAoConfig(Int8WeightOnlyConfig())
-    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()), dtype=dtype
+    )
 
 
 @pytest.fixture

@@ -37,16 +37,19 @@ def test_prune_then_train_adapters_then_save(tmp_path):
     skip = ["model.layers.0.mlp", "model.layers.1.mlp.up_proj"]
     report = prune(by_hand, [{"input_ids": batch} for batch in batches], skip=skip)
     saved = LlamaForCausalLM.from_pretrained(tmp_path / "out")
+
     assert_zeros(saved, zeros_of(by_hand))
     assert pruning.report.sparsity == report.sparsity
-    names = [layer.name.removesuffix(".base_layer") for layer in pruning.report.layers]
-    assert names == [layer.name for layer in report.layers]
+    assert [layer.name.removesuffix(".base_layer") for layer in pruning.report.layers] == [
+        layer.name for layer in report.layers
+    ]
     dense = by_hand.state_dict()
     moved = [
         name for name, weight in saved.named_parameters() if not torch.equal(weight, dense[name])
     ]
-    adapted = [name for name in zeros_of(by_hand) if name.split(".")[-2] in TARGETS]
-    assert [name for name in moved if name.endswith("proj.weight")] == adapted
+    assert [name for name in moved if name.endswith("proj.weight")] == [
+        name for name in zeros_of(by_hand) if name.split(".")[-2] in TARGETS
+    ]
 
 
 def test_a_module_gives_plain_adapters_too():

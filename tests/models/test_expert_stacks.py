@@ -110,8 +110,7 @@ def test_skip_names_experts_one_by_one_or_together():
     whole = "*.experts.gate_up_proj"
     one = "model.layers.1.mlp.experts.down_proj.2"
     found = reasons(model, skip=[whole, one])
-    named = {name for name, reason in found.items() if reason == f"skip={whole!r}"}
-    assert named == {
+    assert {name for name, reason in found.items() if reason == f"skip={whole!r}"} == {
         f"model.layers.{block}.mlp.experts.gate_up_proj.{expert}"
         for block in range(2)
         for expert in range(4)

@@ -57,8 +57,9 @@ EVERY_MODEL = pytest.mark.parametrize("name", [*ZOO, *OF_TRANSFORMERS, *OF_TIMM]
 @EVERY_MODEL
 def test_each_matrix_is_a_layer_or_skipped(name):
     found = found_in(name)
-    names = [matrix.name for matrix in (*found.layers, *found.skipped)]
-    assert Counter(names) == Counter(list(matrices(built(name))))
+    assert Counter([matrix.name for matrix in (*found.layers, *found.skipped)]) == Counter(
+        list(matrices(built(name)))
+    )
 
 
 @EVERY_MODEL
@@ -169,8 +170,10 @@ def test_a_compiled_model_is_found_the_same(name):
 def test_blocks_of_the_backbone_of_a_detector():
     """It holds them in a dictionary, which it runs in order."""
     found = find_layers(build("mask_rcnn"))
-    expected = ["backbone.body.1.conv.1", *(f"backbone.body.{number}" for number in range(2, 8))]
-    assert [stop.name for stop in found.stops][:7] == expected
+    assert [stop.name for stop in found.stops][:7] == [
+        "backbone.body.1.conv.1",
+        *(f"backbone.body.{number}" for number in range(2, 8)),
+    ]
     assert {len(stop.layers) for stop in found.stops[1:7]} == {2}
     assert {len(stop.layers) for stop in found.stops[7:]} == {1}
 

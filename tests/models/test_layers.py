@@ -10,6 +10,7 @@ from hypothesis import assume, given, strategies as st
 from lightning.pytorch.plugins.precision import HalfPrecision
 from support.disk import same
 from support.layers import rng
+from support.mlps import Holding
 from support.quiet import prune
 from support.zoo import seeded
 from timm.layers import Conv2dSame, Linear as TimmLinear
@@ -21,15 +22,6 @@ from transformers.pytorch_utils import Conv1D
 from wanda_lightning.models import find_layers
 
 MODES = ["zeros", "reflect", "replicate", "circular"]
-
-
-class Holding(nn.Module):
-    """A layer as a part of a model, behind another convolution of its kind, so that it is no stem."""
-
-    def __init__(self, part):
-        super().__init__()
-        self.first = nn.Conv1d(1, 1, 1) if isinstance(part, nn.Conv1d) else nn.Conv2d(1, 1, 1)
-        self.part = part
 
 
 def layers_of(module):
@@ -179,8 +171,10 @@ def test_padding_does_not_count_along_one_dimension():
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
     batch = {"x": torch.randn(2, 16, 5).double(), "attention_mask": mask}
     report = prune(seeded(Text).double(), [batch])
-    note = "padding counted: the attention_mask does not show which inputs are padding"
-    assert [(layer.tokens, layer.note) for layer in report.layers] == [(7, ""), (6, note)]
+    assert [(layer.tokens, layer.note) for layer in report.layers] == [
+        (7, ""),
+        (6, "padding counted: the attention_mask does not show which inputs are padding"),
+    ]
 
 
 def test_a_convolution_is_no_block_for_its_groups():

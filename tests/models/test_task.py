@@ -7,57 +7,54 @@ import timm
 import torch
 from support.layers import assert_same
 from support.tiny import on_meta
-from support.zoo import model_of
+from support.zoo import ZOO, model_of
 from torch import nn
 
 from wanda_lightning import ImageClassifierModule
 from wanda_lightning.models import fitting_mask, has_classes, reads_images, token_masks
 
-OF_TRANSFORMERS = {
-    "ViTForImageClassification": True,
-    "ConvNextForImageClassification": True,
-    "CLIPVisionModel": True,
-    "LlavaForConditionalGeneration": False,
-    "BlipForConditionalGeneration": False,
-    "CLIPModel": False,
-    "Wav2Vec2ForSequenceClassification": False,
-}
-OF_THE_ZOO = {
-    "vit": True,
-    "convnext": True,
-    "swin": True,
-    "resnet18": True,
-    "resnet50": True,
-    "llama": False,
-    "t5": False,
-    "mixtral": False,
-    "plain_mlp": False,
-    "torch_transformer": False,
-}
-OTHERS = {
-    "efficientnet": (lambda: timm.create_model("test_efficientnet"), True),
-    "timm in our module": (lambda: ImageClassifierModule("test_vit", pretrained=False), True),
-    "compiled": (lambda: torch.compile(model_of("vit"), backend="eager"), True),
-    "images and text": (
-        lambda: nn.ModuleList([nn.Conv2d(3, 8, 3), nn.Embedding(4, 8), nn.Linear(8, 8)]),
-        False,
-    ),
-}
+IMAGES = [
+    "vit",
+    "convnext",
+    "swin",
+    "resnet18",
+    "ViTForImageClassification",
+    "ConvNextForImageClassification",
+    "CLIPVisionModel",
+]
+OTHERS = [
+    "llama",
+    "t5",
+    "mixtral",
+    "plain_mlp",
+    "torch_transformer",
+    "LlavaForConditionalGeneration",
+    "BlipForConditionalGeneration",
+    "CLIPModel",
+    "Wav2Vec2ForSequenceClassification",
+]
 
 
-@pytest.mark.parametrize("name", OF_THE_ZOO)
+def build(name):
+    return model_of(name) if name in ZOO else on_meta(name)
+
+
+@pytest.mark.parametrize("name", IMAGES)
 def test_image_models_are_recognized(name):
-    assert reads_images(model_of(name)) is OF_THE_ZOO[name]
+    assert reads_images(build(name))
 
 
-@pytest.mark.parametrize("name", OF_TRANSFORMERS)
-def test_image_models_of_transformers_are_recognized(name):
-    assert reads_images(on_meta(name)) is OF_TRANSFORMERS[name]
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_models_are_no_image_models(name):
+    assert not reads_images(build(name))
 
 
-@pytest.mark.parametrize(("build", "expected"), OTHERS.values(), ids=OTHERS)
-def test_image_models_are_recognized_in_wrappers_and_by_their_modules(build, expected):
-    assert reads_images(build()) is expected
+def test_image_models_are_recognized_in_wrappers_and_by_their_modules():
+    assert reads_images(timm.create_model("test_efficientnet"))
+    assert reads_images(ImageClassifierModule("test_vit", pretrained=False))
+    assert reads_images(torch.compile(model_of("vit"), backend="eager"))
+    images_and_text = [nn.Conv2d(3, 8, 3), nn.Embedding(4, 8), nn.Linear(8, 8)]
+    assert not reads_images(nn.ModuleList(images_and_text))
 
 
 @pytest.mark.parametrize(

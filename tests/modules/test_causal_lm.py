@@ -137,8 +137,9 @@ def test_saves_an_ordinary_folder(tmp_path, tied):
     assert same(loaded, model)
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     assert AutoTokenizer.from_pretrained(folder)("w3 w7").input_ids == [3, 7]
-    large = [file.suffix for file in folder.iterdir() if file.stat().st_size > 20_000]
-    assert large == [".safetensors"]
+    assert [file.suffix for file in folder.iterdir() if file.stat().st_size > 20_000] == [
+        ".safetensors"
+    ]
 
 
 def test_overwrites_the_folder_that_it_was_loaded_from(tmp_path):

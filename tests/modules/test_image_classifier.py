@@ -74,8 +74,7 @@ def test_an_interrupted_loop_does_not_change_the_next_one():
 def test_saves_a_timm_folder(tmp_path, name, kwargs):
     module = ImageClassifierModule(name, pretrained=False, num_classes=7, model_kwargs=kwargs)
     module.save_pretrained(tmp_path)
-    files = sorted(file.name for file in tmp_path.iterdir())
-    assert files == ["config.json", "model.safetensors"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
     loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert same(loaded, module.model)

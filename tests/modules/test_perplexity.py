@@ -23,8 +23,7 @@ def measured(logits, ids, attention_mask):
 def test_equals_the_slow_loop_in_one_batch_or_several(mask, dtype, rel, monkeypatch):
     monkeypatch.setattr("wanda_lightning.modules.perplexity._CHUNK", 5 * 128)
     ids = windows_of_text()
-    generator = rng(2)
-    logits = (3 * torch.randn(*ids.shape, 128, generator=generator)).to(dtype)
+    logits = (3 * torch.randn(*ids.shape, 128, generator=rng(2))).to(dtype)
     attention_mask = MASKS[mask](ids)
     expected = pytest.approx(slow_perplexity(logits, ids, attention_mask), rel=rel)
     assert measured(logits, ids, attention_mask).item() == expected

@@ -237,8 +237,9 @@ def test_masks_with_fisher_are_those_of_one_process(pair, samples):
 
 @pytest.mark.parametrize(("cost", "shares"), [("macs", ((), (0, 1))), ("seconds", None)])
 def test_one_process_measures_what_units_cost(pair, cost, shares):
-    choices = {"pattern": "structured", "allocation": Fisher(cost=cost)}
-    (first, report), (second, other) = pair.run(cases.replicated, "llama", shares, **choices)
+    (first, report), (second, other) = pair.run(
+        cases.replicated, "llama", shares, pattern="structured", allocation=Fisher(cost=cost)
+    )
     assert_same(first, second)
     assert report.config["unit_costs"] == other.config["unit_costs"]
 

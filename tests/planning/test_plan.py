@@ -81,8 +81,13 @@ def test_an_allocation_sees_the_dense_model_at_every_granularity(model_name, nam
     specimen = ZOO[model_name]
     given_out = []
     for sequential in SEQUENTIAL_CHOICES:
-        choices = {"allocation": SPREADING[name], "sequential": sequential}
-        report = prune(specimen.build(), specimen.batches(), 0.5, **choices)
+        report = prune(
+            specimen.build(),
+            specimen.batches(),
+            0.5,
+            allocation=SPREADING[name],
+            sequential=sequential,
+        )
         given_out.append({layer.name: layer.target for layer in report.layers})
         for layer in report.layers:
             assert layer.sparsity == pytest.approx(layer.target, abs=1e-6)
@@ -122,8 +127,7 @@ def test_batches_are_read_once(option, name, sequential):
     kept = []
     for batches in (batches_of("llama"), iter(batches_of("llama"))):
         model = LLAMA()
-        choices = {option: name}
-        report = prune(model, batches, sequential=sequential, **choices)
+        report = prune(model, batches, sequential=sequential, **{option: name})
         assert report.config["calibration_batches"] == len(batches_of("llama"))
         kept.append(model.state_dict())
     assert_same(*kept)
@@ -142,8 +146,13 @@ def test_how_often_each_layer_runs(criterion, allocation, passes, sequential):
     model = LLAMA()
     calls = []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
-    options = {"allocation": allocation, "sequential": sequential}
-    prune(model, batches_of("llama"), criterion=criterion, **options)
+    prune(
+        model,
+        batches_of("llama"),
+        criterion=criterion,
+        allocation=allocation,
+        sequential=sequential,
+    )
     assert len(calls) == passes[sequential] * len(batches_of("llama"))
 
 
@@ -248,8 +257,11 @@ def test_what_is_padding_may_be_anything(sequential):
         def forward(self, x, attention_mask):
             return super().forward(x.masked_fill(attention_mask[..., None] == 0, math.nan))
 
-    batches = [{"x": x, "attention_mask": torch.tensor([[0, 1, 1]] * len(x))} for x in vectors()]
-    report = prune(build(Masked), batches, sequential=sequential)
+    report = prune(
+        build(Masked),
+        [{"x": x, "attention_mask": torch.tensor([[0, 1, 1]] * len(x))} for x in vectors()],
+        sequential=sequential,
+    )
     assert {layer.tokens for layer in report.layers} == {2 * (2 + 3 + 2)}
 
 
@@ -258,6 +270,7 @@ def test_what_is_padding_may_be_anything(sequential):
 def test_a_weight_that_is_not_finite(criterion, value):
     model = build()
     model.head.weight.data[1, 2] = value
-    message = refusal(model, Untouched(), criterion=criterion)
-    assert "head has weights that are NaN or infinite. Check the checkpoint" in message
+    assert "head has weights that are NaN or infinite. Check the checkpoint" in refusal(
+        model, Untouched(), criterion=criterion
+    )
     assert prune(model, vectors(), skip=["head"], criterion=criterion).sparsity == 0.5

@@ -125,8 +125,13 @@ def test_every_cell_is_a_command_that_prunes_as_the_cell_is_named(path):
 @pytest.fixture
 def swept(family):
     """The file of a family, and the arguments with which its cells have run; the last one fails."""
-    path = family(lambda content: content["cells"].update(broken={"sparsity_type": "5:10"}))
-    arguments = (path, "--out", "out", "--set", "batch_size=1")
+    arguments = (
+        family(lambda content: content["cells"].update(broken={"sparsity_type": "5:10"})),
+        "--out",
+        "out",
+        "--set",
+        "batch_size=1",
+    )
     assert run(*arguments) == 1
     return arguments
 
@@ -138,8 +143,11 @@ def test_published_numbers_stand_beside_what_was_measured(capsys, request):
     for text in ("111.50", "222.25", f"{dense['ours']:.2f}", "Published: Nobody 2024"):
         assert text in shown
     assert (dense["cell"], dense["published"]) == ("dense", 111.5)
-    published = [(row["cell"], row["published"]) for row in others]
-    assert published == [("magnitude_50", None), ("wanda_2to4", 222.25), ("broken", None)]
+    assert [(row["cell"], row["published"]) for row in others] == [
+        ("magnitude_50", None),
+        ("wanda_2to4", 222.25),
+        ("broken", None),
+    ]
     for row in others[:2]:
         report = read_json(Path("out/tiny/1B", row["cell"], "pruning_report.json"))
         assert row["ours"] == report["run"]["after"]
@@ -171,8 +179,10 @@ def test_a_sweep_resumes(swept, capsys):
     before = times()
     other = (*swept[:3], "--set", "limit=2")
     assert run(*other) == 1
-    message = "tiny/1B/magnitude_50 has other options: batch_size was 1, is not given; limit"
-    assert message in capsys.readouterr().err
+    assert (
+        "tiny/1B/magnitude_50 has other options: batch_size was 1, is not given; limit"
+        in capsys.readouterr().err
+    )
     assert times() == before
     assert run(*other, "--only", "magnitude_50", "--overwrite") == 0
     assert rows()[1]["options"]["limit"] == "2"

@@ -169,8 +169,10 @@ def test_pytorchs_format_for_2to4_holds_every_pruned_weight():
 def test_2to4_weights_without_a_gpu_are_refused_before_the_model_is_read(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["speed_2to4", "--model", "missing"])
-    message = r"^speed_2to4\.py needs an NVIDIA GPU of .* 8\.0 .*, but PyTorch .* finds no GPU"
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises(
+        SystemExit,
+        match=r"^speed_2to4\.py needs an NVIDIA GPU of .* 8\.0 .*, but PyTorch .* finds no GPU",
+    ):
         runpy.run_path(str(SPEED_2TO4), run_name="__main__")
 
 

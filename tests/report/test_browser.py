@@ -45,8 +45,9 @@ def test_a_page_in_a_browser(tmp_path):
             By.CSS_SELECTOR, '[aria-label="Search the table: Pruned layers"]'
         )
         search.send_keys("Q_PROJ layers.1")
-        found = [name for name in names if "q_proj" in name and "layers.1" in name]
-        assert sorted(column(driver)) == sorted(found)
+        assert sorted(column(driver)) == sorted(
+            [name for name in names if "q_proj" in name and "layers.1" in name]
+        )
     finally:
         driver.quit()
 

@@ -61,8 +61,9 @@ def test_experts_of_a_block_are_one_kind():
     _, report = pruned("mixtral")
     grid = Grid(report, "sparsity")
     experts = [layer for layer in report.layers if layer.siblings]
-    kinds = {layer.siblings.removeprefix(f"{layer.block}.") for layer in experts}
-    assert {kind for kind in grid.kinds if "*" in kind} == kinds
+    assert {kind for kind in grid.kinds if "*" in kind} == {
+        layer.siblings.removeprefix(f"{layer.block}.") for layer in experts
+    }
     assert [plot.name for plot in plots_of(report)] == ["weights"]
 
 

@@ -61,8 +61,9 @@ def test_an_older_report_says_in_a_note_that_hidden_units_are_left_out(shrunk):
 def small(**fields):
     layer = PrunedLayer("a", (2, 4), 0.5, 0.5, 8, part=TrainedPart("mlp", 0.5, 0.25))
     skipped = SkippedMatrix("b", (3,), SkipReason.ADAPTER, "an adapter")
-    report = PruningReport((layer,), (skipped,), parameters=11, zeros=4, seconds={}, config={})
-    return replace(report, **fields)
+    return replace(
+        PruningReport((layer,), (skipped,), parameters=11, zeros=4, seconds={}, config={}), **fields
+    )
 
 
 def test_numbers_that_are_not_finite_become_null():

@@ -126,8 +126,13 @@ def test_a_run_that_was_interrupted_while_it_copied_tensors_continues(
 ):
     predictions = add_predictions(copied)
     expected = stream(copied, tmp_path / "whole", batches(), **WANDA)
-    part = f"copied from {sorted(copied.glob('*.safetensors'))[-number].name}"
-    interrupted(copied, tmp_path / "out", monkeypatch, at=part, method="wanda")
+    interrupted(
+        copied,
+        tmp_path / "out",
+        monkeypatch,
+        at=f"copied from {sorted(copied.glob('*.safetensors'))[-number].name}",
+        method="wanda",
+    )
     assert not (tmp_path / "out/config.json").exists()
     report = stream(copied, tmp_path / "out", batches(), **WANDA)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -177,6 +182,7 @@ def test_a_block_that_cannot_be_written_is_an_error(source, out, monkeypatch):
 def test_other_choices_are_refused(source, copied, tmp_path, monkeypatch):
     interrupted(source, tmp_path / "out", monkeypatch, method="wanda")
     before = sorted(tmp_path.rglob("*"))
+
     for changed, message in (
         ({"batches": batches(seed=1)}, "calibration data"),
         ({"method": "magnitude"}, "criterion, pattern"),

@@ -151,8 +151,9 @@ def test_what_transformers_does_not_load_is_copied(tmp_path, caplog, size):
 def test_what_may_not_fit_fewer_experts_is_left_out(tmp_path, caplog, sequential):
     predictions = qwen3_next(tmp_path / "source")
     samples = causal("qwen3_next").batches()
-    choices = {"pattern": "experts", "sequential": sequential}
-    report = stream(tmp_path / "source", tmp_path / "disk", samples, **choices)
+    report = stream(
+        tmp_path / "source", tmp_path / "disk", samples, pattern="experts", sequential=sequential
+    )
     assert not predictions.keys() & weights(tmp_path / "disk").keys()
     assert read_json(tmp_path / "disk/config.json")["num_nextn_predict_layers"] == 0
     note = "transformers does not load 2 stored tensors, mtp.fc.weight first: left out"
@@ -206,8 +207,9 @@ def test_the_perplexity_is_that_of_the_model_in_memory(source, monkeypatch, caps
     with torch.no_grad():
         for batch in batches():
             metric.update(model(**batch).logits, batch["input_ids"])
-    measured = perplexity_from_disk(source, batches())
-    assert measured == pytest.approx(float(metric.compute()), rel=1e-6)
+    assert perplexity_from_disk(source, batches()) == pytest.approx(
+        float(metric.compute()), rel=1e-6
+    )
     assert re.search(
         r"Measuring 5/8 model\.layers\.1 \(\d+ s, \d+ s left\)", capsys.readouterr().err
     )

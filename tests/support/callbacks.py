@@ -1,5 +1,6 @@
 """A small module and its training, shared by the tests of the callbacks."""
 
+import os
 import signal
 from copy import deepcopy
 from functools import cache, partial
@@ -334,6 +335,18 @@ class Resumable:
 
 def state(module):
     return {"weights": module.state_dict(), "optimizer": module.used_optimizer.state_dict()}
+
+
+class PrintedSteps(L.Callback):
+    """Prints when a step begins, and may kill the process at one."""
+
+    def __init__(self, last=None):
+        self.last = last
+
+    def on_train_batch_start(self, trainer, *_):
+        print(f"step {trainer.global_step}")
+        if trainer.global_step == self.last:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def killed_and_resumed(folder, attempt):

@@ -55,7 +55,7 @@ class Result:
     status: str = "fails"  # or `passes`, or `cannot be built here`
     coverage: float = 0.0  # pruned parameters divided by those of all matrices inside the blocks that a batch reaches
     # The fraction of these parameters that stay dense, by reason.
-    left_out: dict[str, float] = field(default_factory=dict)
+    left_out: dict = field(default_factory=dict)
     slow: str = ""  # the dtype in which `block` equals the slow procedure
     width: int = 0  # hidden units that were found
     zero: int = 0  # those that pruning set to zero

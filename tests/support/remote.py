@@ -26,7 +26,7 @@ DEVICES = ("cpu", "remote:0")
 _CPU = 1
 _EXTENSION = 12  # kinds of devices in DLPack; the second one is PyTorch's PrivateUse1
 _aten = torch.ops.aten
-_libraries: list[torch.library.Library] = []  # they undo their registrations when they are freed
+_libraries = []  # they undo their registrations when they are freed
 # For these, the CPU's kernel returns a tensor with the device and the storage of its argument.
 _VIEWS = {
     "as_strided",
@@ -104,7 +104,7 @@ class _Module(_DummyBackendModule):
 class _Generator(torch._C.Generator):
     """A generator of the device, which draws the numbers of the CPU."""
 
-    addresses: ClassVar[set[int]] = set()  # kernels get another object of Python
+    addresses: ClassVar = set()  # kernels get another object of Python
 
     def __new__(cls, device="cpu"):
         is_remote = torch.device(device).type == "remote"
@@ -127,8 +127,8 @@ def _run(op, *args, **kwargs):
     """Run the CPU's kernel on the memory of the arguments."""
     with torch._C.DisableTorchFunction(), torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
         name = op._schema.name.removeprefix("aten::")
-        pairs: list[tuple[Tensor, Tensor]] = []  # of the device, and of the CPU on the same memory
-        others: list[Tensor] = []  # of the CPU
+        pairs = []  # of the device, and of the CPU on the same memory
+        others = []  # of the CPU
         local_args = [_localize(value, pairs, others) for value in args]
         local_kwargs = {key: _localize(value, pairs, others) for key, value in kwargs.items()}
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import re
 from functools import cache
-from typing import Any
 
 import torch
 import transformers as hf
@@ -23,7 +22,7 @@ VOCABULARY = 128
 LAYERS = 2
 EXPERTS = 4
 
-_SIZES: list[tuple[int, str]] = [  # the first pattern that a name matches as a whole counts
+_SIZES = [  # the first pattern that a name matches as a whole counts
     (
         2,
         r".*(key_value|kv|kv_n|key)_heads|num_experts_per_tok(en)?|moe_(topk|k|top_k)|index_n_heads|hc_(mult|count)",
@@ -131,7 +130,7 @@ _SWIN = {
     "num_heads": [2, 4],
     "window_size": 4,
 }
-MORE: dict[str, dict[str, Any]] = {
+MORE = {
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {"rope_parameters": {"full_attention": ROPE}},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10_000.0}},
@@ -252,7 +251,7 @@ def _shrunk(config):
         layers = fields.get(name, layers)
     kept, of_layers = _one_of_each(fields, layers)
 
-    small: dict[str, Any] = {}
+    small = {}
     for name, value in fields.items():
         usual = _size_of(name)
         if type(value) is PreTrainedConfig:
@@ -287,7 +286,7 @@ def _one_of_each(fields, layers):
         for name, values in fields.items()
         if isinstance(values, list | tuple) and len(values) == layers > 0 and not _size_of(name)
     }
-    first: dict[str, int] = {}
+    first = {}
     for index in range(layers):
         first.setdefault(str([values[index] for values in lists.values()]), index)
     kept = list(first.values())[:6]

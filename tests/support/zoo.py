@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache, partial
 from itertools import product
-from typing import Any
 
 import timm
 import torch
@@ -44,14 +43,14 @@ PATCH = 8
 class Specimen:
     """A model for tests. In the globs, as in `fnmatch`, `*` crosses dots, so blocks are written with `[0-9]`."""
 
-    build: Callable[[], nn.Module]  # in eval mode and float32, with the same weights every time
+    build: Callable  # in eval mode and float32, with the same weights every time
     # Two or three; a mapping is passed as keywords, a tuple's first element alone.
-    batches: Callable[[], list[Any]]
+    batches: Callable
     # Matrices that must be skipped by default; all others must be pruned.
-    dense: tuple[str, ...] = ()
-    blocks: tuple[str, ...] = ()  # modules at which sequential="block" stops
+    dense: tuple = ()
+    blocks: tuple = ()  # modules at which sequential="block" stops
     # Layers outside `dense` that no batch calls, so that they keep their weights.
-    uncalled: tuple[str, ...] = ()
+    uncalled: tuple = ()
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class Family(Specimen):
     name: str = ""  # the model type of the configuration, the class, or the module in timm
     model: str = ""  # the class, or timm's name of the model
     # The arguments of `timm.create_model` beside the name and `num_classes`.
-    arguments: Callable[[], dict[str, Any]] = dict
+    arguments: Callable = dict
 
 
 def outputs(model, batch):

@@ -146,8 +146,7 @@ def test_samples_with_one_prediction_run_together(size):
             sizes.append(len(x))
         return model(x)
 
-    batches = some_batches(80 // size, size=size)
-    prune(model, batches, recovery=Distill(passes=1), forward=forward)
+    prune(model, some_batches(80 // size, size=size), recovery=Distill(passes=1), forward=forward)
     assert sizes == [1] + [8] * 8 + [6]  # the first shows whether there are gradients
 
 
@@ -158,8 +157,13 @@ def test_held_out_samples_never_train(size):
     expected, model, report = pruned_with_and_without(dense, batches, recovery=Distill(passes=1))
     samples = torch.cat(batches)
     trained = [x[None] for index, x in enumerate(samples) if index % 8 != 7]
-    config = Distill(passes=1, batch_size=8, learning_rate=1e-3 * math.sqrt(8 / 512))
-    adamw_by_hand(expected, dense, weights_of(report), trained, config)
+    adamw_by_hand(
+        expected,
+        dense,
+        weights_of(report),
+        trained,
+        Distill(passes=1, batch_size=8, learning_rate=1e-3 * math.sqrt(8 / 512)),
+    )
     assert_close_states(model, expected, rtol=1e-6, atol=1e-9)
     with torch.no_grad():
         after = divergence(model, dense, samples[7::8])
@@ -178,8 +182,9 @@ def test_a_window_of_text_is_a_step(tokens, batch_size, steps, count, monkeypatc
     batches = [
         {"input_ids": torch.randint(3, 128, (4, tokens), generator=generator)} for _ in range(4)
     ]
-    recovery = Distill(passes=1, batch_size=batch_size)
-    report = prune(model_of("llama"), batches, 0.5, recovery=recovery)
+    report = prune(
+        model_of("llama"), batches, 0.5, recovery=Distill(passes=1, batch_size=batch_size)
+    )
     assert len(taken) == steps
     assert f"learning_rate={1e-3 * math.sqrt(count / 512)}," in report.training.recovery
 
@@ -242,8 +247,7 @@ def test_a_model_may_be_called_with_a_key_value_cache():
     for use_cache in (False, True):
         model = model_of("llama").double()
         forward = partial(called_with, use_cache, model)
-        batches = batches_of("llama")
-        prune(model, batches, recovery=Distill(passes=1), forward=forward)
+        prune(model, batches_of("llama"), recovery=Distill(passes=1), forward=forward)
         models.append(model)
     assert_close_states(*models)
 
@@ -388,8 +392,7 @@ def test_the_bias_of_the_head_and_so_the_dense_predictions_stay(wrapped):
     batches = some_batches(4)
     model = deepcopy(dense)
     target = nn.Sequential(model) if wrapped else model
-    recovery = Distill(passes=1, learning_rate=0.1)
-    prune(target, batches, 0.5, skip="*head", recovery=recovery)
+    prune(target, batches, 0.5, skip="*head", recovery=Distill(passes=1, learning_rate=0.1))
     assert torch.equal(model.head.bias, dense.head.bias)
     assert not torch.equal(model.body[0].bias, dense.body[0].bias)
 

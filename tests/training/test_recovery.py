@@ -62,8 +62,9 @@ def test_only_kept_weights_move_and_nothing_is_left_behind(recovery, name, solve
 )
 def test_bfloat16_weights_have_masters(recovery):
     """Steps that bfloat16 would round away add up."""
-    batches = some_batches(4, torch.bfloat16)
-    start, model, _ = pruned_with_and_without(blocks(torch.bfloat16), batches, recovery=recovery)
+    start, model, _ = pruned_with_and_without(
+        blocks(torch.bfloat16), some_batches(4, torch.bfloat16), recovery=recovery
+    )
     weight = model[0].mlp[0].weight
     before = start[0].mlp[0].weight
     assert weight.dtype == torch.bfloat16

@@ -5,7 +5,6 @@ import sys
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache, partial
-from typing import Any
 
 import pytest
 import timm
@@ -122,11 +121,11 @@ assert "wanda_lightning" not in sys.modules
 class ImageModel:
     """A model of timm, and with which arguments it is saved."""
 
-    kwargs: dict[str, Any] = field(default_factory=dict)
+    kwargs: dict = field(default_factory=dict)
     size: int = 32  # of its images
     allocation: str = "uniform"
     # Arguments that give the widths; without any, the folder needs a file.
-    arguments: dict[str, Any] = field(default_factory=dict)
+    arguments: dict = field(default_factory=dict)
 
 
 SMALL = {"img_size": 32, "embed_dim": 32, "num_heads": 4}
@@ -152,8 +151,7 @@ def image_folders(tmp_path_factory):
         images = torch.randn(4, 3, specimen.size, specimen.size)
         folder = tmp_path_factory.mktemp("images") / name
         module = wl.ImageClassifierModule(model, model_kwargs=specimen.kwargs).eval()
-        batches = [(images, torch.arange(4))]
-        prune_units(model, batches, 0.4, allocation=specimen.allocation)
+        prune_units(model, [(images, torch.arange(4))], 0.4, allocation=specimen.allocation)
         module.save_pretrained(folder, shrink=True)
         torch.save(images, folder / "images.pt")
         modules[folder] = module

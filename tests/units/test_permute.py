@@ -87,8 +87,7 @@ def test_the_model_computes_the_same(name, dtype):
     dense = deepcopy(model.state_dict())
     blocks = find_layers(model).blocks
     done = permute_model(model, batches)
-    inside = {layer.removeprefix(f"{blocks[layer]}.") for layer in done.kept}
-    assert inside == READERS[name]
+    assert {layer.removeprefix(f"{blocks[layer]}.") for layer in done.kept} == READERS[name]
     assert not done.put_back
     for layer, (kept_before, kept_after) in done.kept.items():
         changed = not torch.equal(model.state_dict()[f"{layer}.weight"], dense[f"{layer}.weight"])
@@ -123,8 +122,7 @@ def test_it_is_pruned_as_a_model_that_was_permuted_before():
 
 def test_heads_that_a_group_does_not_fit_into_stay():
     model = model_of("llama")
-    batches = batches_of("llama")
-    done = permute_model(model, batches, pattern="8:16")
+    done = permute_model(model, batches_of("llama"), pattern="8:16")
     assert {layer.rpartition(".")[2] for layer in done.kept} == {"down_proj"}
 
 
@@ -254,8 +252,10 @@ def tied():
 
 
 def adapted():
-    options = {"target_modules": ["up_proj", "o_proj"], "init_lora_weights": False}
-    return peft.get_peft_model(model_of("llama"), peft.LoraConfig(**options))
+    return peft.get_peft_model(
+        model_of("llama"),
+        peft.LoraConfig(target_modules=["up_proj", "o_proj"], init_lora_weights=False),
+    )
 
 
 @pytest.mark.parametrize(("make", "batches"), [(tied, images), (adapted, ZOO["llama"].batches)])
@@ -299,10 +299,17 @@ def test_two_processes_permute_alike(pair):
     ],
 )
 def test_a_callback_permutes_only_what_nothing_else_has_stored(at_step, make_others, permuted):
-    choices = {"method": "wanda", "pattern": "2:4", "permutation": "assignment", "num_samples": 12}
-    callback = PruningCallback(0.5, at_step=at_step, **choices)
+    callback = PruningCallback(
+        0.5,
+        at_step=at_step,
+        method="wanda",
+        pattern="2:4",
+        permutation="assignment",
+        num_samples=12,
+    )
     module = Net(ADAMW)
     module.layers = nn.Sequential(nn.Linear(32, 16), Mlp(), Mlp())
+
     with (
         nullcontext()
         if permuted

@@ -173,8 +173,9 @@ def test_the_report_has_the_sparsity_of_each_layer(pruned):
 def test_the_report_lists_all_matrices(pruned):
     report = pruned.report
     parameters = pruned.model.named_parameters(remove_duplicate=False)
-    matrices = sorted(matrix.name for matrix in (*report.layers, *report.skipped))
-    assert matrices == sorted(key.removesuffix(".weight") for key, p in parameters if p.ndim > 1)
+    assert sorted(matrix.name for matrix in (*report.layers, *report.skipped)) == sorted(
+        key.removesuffix(".weight") for key, p in parameters if p.ndim > 1
+    )
 
 
 def test_the_report_names_the_number_of_units_once(pruned):
@@ -266,8 +267,9 @@ def test_units_that_depend_on_others_stay_dense(make, coupled):
 def test_other_dtypes(name, dtype):
     model, batches = specimen(name)
     rounded = cast(batches, dtype)
-    found = units_in(deepcopy(model).to(dtype), rounded)
-    assert list(found) == list(units_in(model, batches)) != []
+    assert (
+        list(units_in(deepcopy(model).to(dtype), rounded)) == list(units_in(model, batches)) != []
+    )
 
 
 @pytest.mark.parametrize(

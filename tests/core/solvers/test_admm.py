@@ -65,5 +65,9 @@ def test_wandas_mask_is_used_if_inputs_do_not_correlate():
 def test_the_weights_are_the_least_squares_of_the_mask():
     weight, tokens = random_layer(torch.float64, shape=(6, 32), tokens=200)
     pruned, keep = solve(ADMM(dampening=0.05, refit_steps=200), weight, tokens)
-    expected = reference.least_squares(weight.numpy(), tokens.numpy(), 0.05, keep.numpy())
-    assert_allclose(pruned.numpy(), expected, rtol=1e-5, atol=1e-7)
+    assert_allclose(
+        pruned.numpy(),
+        reference.least_squares(weight.numpy(), tokens.numpy(), 0.05, keep.numpy()),
+        rtol=1e-5,
+        atol=1e-7,
+    )

@@ -19,8 +19,12 @@ def test_a_refit_is_numpys_least_squares(pattern, dampening):
     weight, tokens = random_layer(torch.float64, shape=(6, 32), tokens=200)
     pruned, keep = solve(Refit(dampening, steps=200), weight, tokens, pattern=pattern)
     assert torch.equal(keep, pattern(Wanda()(weight, statistics(tokens, Wanda)), 0.5))
-    expected = reference.least_squares(weight.numpy(), tokens.numpy(), dampening, keep.numpy())
-    assert_allclose(pruned.numpy(), expected, rtol=1e-5, atol=1e-7)
+    assert_allclose(
+        pruned.numpy(),
+        reference.least_squares(weight.numpy(), tokens.numpy(), dampening, keep.numpy()),
+        rtol=1e-5,
+        atol=1e-7,
+    )
 
 
 @pytest.mark.parametrize("dampening", [0.0, 0.01, 0.3])
@@ -58,5 +62,6 @@ def test_the_returned_error_is_that_of_the_weights(steps):
     gram = tokens.t() @ tokens
     keep = NM(2, 4)(weight.abs(), 0.5)
     fitted, error = refit(weight, weight * keep, keep, gram, steps)
-    expected = (tokens @ (fitted - weight).T).square().sum(dim=0)
-    assert_close(error.squeeze(1), expected, rtol=1e-9, atol=0)
+    assert_close(
+        error.squeeze(1), (tokens @ (fitted - weight).T).square().sum(dim=0), rtol=1e-9, atol=0
+    )

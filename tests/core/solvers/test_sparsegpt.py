@@ -18,8 +18,7 @@ def surgeon(weight, tokens, keep):
 
 
 def assert_updated(pruned, weight, tokens, keep):
-    expected = surgeon(weight, tokens, keep)
-    assert_allclose(pruned.numpy(), expected, rtol=1e-7, atol=1e-9)
+    assert_allclose(pruned.numpy(), surgeon(weight, tokens, keep), rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("criterion", [Magnitude(), Wanda(), Saliency()])
