@@ -189,8 +189,7 @@ class _LayerObservation:
         return Observation(inputs, padding_counted)
 
 
-@dataclass(frozen=True)
-class _FiniteCheck:
+class _FiniteCheck(NamedTuple):
     """Whether the sums over one input of one batch are finite, which is read later: that waits for the device."""
 
     is_finite: Tensor

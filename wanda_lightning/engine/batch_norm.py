@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
 from types import NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,24 +30,21 @@ _OPTION = (
 _OnInput = Callable[[int, int, Tensor], None]
 
 
-@dataclass(frozen=True)
-class _Moments:
+class _Moments(NamedTuple):
     """Mean and variance of each channel, on the CPU in float64."""
 
     mean: Tensor
     variance: Tensor
 
 
-@dataclass(frozen=True)
-class _UsedBatch:
+class _UsedBatch(NamedTuple):
     """A batch, of which the first samples are used; the others are held out."""
 
     batch: Sample
     used: int  # number of samples
 
 
-@dataclass(frozen=True)
-class _Predictions:
+class _Predictions(NamedTuple):
     """Predictions of a sample as rows."""
 
     rows: Tensor

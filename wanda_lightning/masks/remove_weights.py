@@ -1,7 +1,7 @@
 """Prune the layers of one stop with their statistics: solve, write, and record what happened."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -100,8 +100,7 @@ def _split_by_size(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
     yield part
 
 
-@dataclass(frozen=True)
-class _Solved:
+class _Solved(NamedTuple):
     """A layer before and after the solver."""
 
     layer: Layer
