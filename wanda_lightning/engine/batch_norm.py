@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedBuffer
 from wanda_lightning.calibration.error_notes import note_on_error
 from wanda_lightning.calibration.interception import input_of
 from wanda_lightning.calibration.samples import Sample, Samples
+from wanda_lightning.common.float64 import wide_dtype
 from wanda_lightning.core.losses import divergence, squared_error
 from wanda_lightning.models import find_predictions, has_classes
 from wanda_lightning.report import BatchNormCorrection
@@ -246,7 +247,7 @@ def _sums(inputs: Tensor) -> Tensor:
         return torch.zeros(3, channels, dtype=torch.float64)
 
     positions = [0, *range(2, inputs.ndim)]
-    mean = inputs.mean(positions, dtype=torch.promote_types(inputs.dtype, torch.float32))
+    mean = inputs.mean(positions, dtype=wide_dtype(inputs))
     center = mean.reshape(-1, *repeat(1, inputs.ndim - 2))
     # On a CPU, torch.var_mean takes five times as long as these parts.
     parts = inputs.split(max(1, _AT_ONCE * len(inputs) // inputs.numel()))
@@ -294,5 +295,5 @@ def _predict(sample: Sample) -> _Predictions | None:
     if predictions is None:
         return None
     rows = rows_of(predictions, sample)
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32), copy=True)
+    rows = rows.to(wide_dtype(rows), copy=True)
     return _Predictions(rows, has_classes(output))

@@ -62,10 +62,11 @@ def make_report(run: Run, removal: Removal) -> PruningReport:
 def _left_dense(run: Run, removal: Removal) -> dict[str, SkippedMatrix]:
     """Return the layers of the plan that were not pruned, in model order, and what stays dense with them."""
     done = run.done
-    dense = {}
-    for layer in run.plan.layers:
-        if layer.name not in done.layers:
-            dense[layer.name] = done.skipped.get(layer.name) or unreached(layer)
+    dense = {
+        layer.name: done.skipped.get(layer.name) or unreached(layer)
+        for layer in run.plan.layers
+        if layer.name not in done.layers
+    }
     all_dense = removal.left_dense(dense)
     return {
         name: all_dense[name]
@@ -242,10 +243,8 @@ def _on_batch_norm(run: Run) -> Iterator[Note]:
 
 
 def _on_training(run: Run) -> Iterator[Note]:
-    stopped_parts = {}
-    for layer in run.done.layers.values():
-        if layer.part and layer.part.stopped:
-            stopped_parts[layer.part.name] = layer.part
+    parts = [layer.part for layer in run.done.layers.values() if layer.part]
+    stopped_parts = {part.name: part for part in parts if part.stopped}
     if stopped_parts:
         first = next(iter(stopped_parts.values()))
         untrained = sum(not part.after < part.before for part in stopped_parts.values())
