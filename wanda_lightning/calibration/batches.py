@@ -144,7 +144,7 @@ def _predicts_the_same(predict: BatchFunction, batch: Any) -> bool:
     if together.shape != alone.shape:
         return False
     # NaN counts as the same, since no comparison with it is true.
-    return not bool((alone - together).norm() > _SAME * together.norm())
+    return not (alone - together).norm() > _SAME * together.norm()
 
 
 def _fails(predict: BatchFunction, batch: Any) -> bool:

@@ -160,8 +160,7 @@ class BatchNormStatistics:
         self._processes.all_reduce_sum([*dense_totals, *pruned_sums])
         corrected = 0
         for index, (dense, pruned) in enumerate(zip(dense_totals, pruned_sums, strict=True)):
-            has_values = bool(dense[0].any() and pruned[0].any())
-            if has_values:
+            if dense[0].any() and pruned[0].any():
                 self._set(index, _moved(self._original[index], dense, pruned))
                 corrected += 1
         return corrected

@@ -63,7 +63,7 @@ def _why_dense(layer: Layer, inputs: InputStatistics) -> SkippedMatrix | None:
         return SkippedMatrix(layer.name, layer.stored_shape, SkipReason.UNROUTED, detail)
     if inputs.count == 0:
         return unreached(layer)
-    if bool(inputs.inactive().all()):
+    if inputs.inactive().all():
         detail = "all its inputs were zero"
         return SkippedMatrix(layer.name, layer.stored_shape, SkipReason.INACTIVE, detail)
     return None
