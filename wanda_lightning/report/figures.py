@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from io import StringIO
 from math import isnan, nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.checks import require_extra
@@ -105,8 +104,7 @@ def _ends(name: str) -> list[str]:
     return [name.split(".", cuts)[-1] for cuts in range(name.count("."), -1, -1)]
 
 
-@dataclass(frozen=True)
-class Bar:
+class Bar(NamedTuple):
     """The numbers of weights in matrices of one kind."""
 
     name: str
@@ -139,8 +137,7 @@ def weights_by_kind(report: ReportData) -> list[Bar]:
     return sorted(bars, key=lambda bar: -bar.size)
 
 
-@dataclass(frozen=True)
-class Plot:
+class Plot(NamedTuple):
     """One figure, of a height in pixels; `draw` draws it on axes of a width in pixels."""
 
     name: str
