@@ -203,9 +203,9 @@ class BatchNormStatistics:
         return float(total[0] / total[1]) if total[1] else None
 
     def _set(self, index: int, moments: _Moments) -> None:
-        mean, variance = _buffers(self._layers[index])
-        mean.copy_(moments.mean)
-        variance.copy_(moments.variance)
+        layer: Any = self._layers[index]
+        layer.running_mean.copy_(moments.mean)
+        layer.running_var.copy_(moments.variance)
 
 
 def batch_norm_layers(model: nn.Module) -> list[nn.Module]:
@@ -224,19 +224,10 @@ def batch_norm_layers(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def _buffers(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    mean = layer.running_mean
-    variance = layer.running_var
-    assert isinstance(mean, Tensor)
-    assert isinstance(variance, Tensor)
-    return mean, variance
-
-
-def _moments_of(layer: nn.Module) -> _Moments:
-    mean, variance = _buffers(layer)
-    return _Moments(
-        mean.to("cpu", torch.float64, copy=True), variance.to("cpu", torch.float64, copy=True)
-    )
+def _moments_of(layer: Any) -> _Moments:
+    mean = layer.running_mean.to("cpu", torch.float64, copy=True)
+    variance = layer.running_var.to("cpu", torch.float64, copy=True)
+    return _Moments(mean, variance)
 
 
 def _sums(inputs: Tensor) -> Tensor:
