@@ -150,10 +150,12 @@ def _shared_outside(plan: Plan) -> set[str]:
         has_several = any(number_of_names[id(layer.parameter)] > 1 for layer in stop.layers)
         if stop.module is None or not has_several:
             continue
-        outside = set()
-        # The second argument leaves out that module and what it contains.
-        for _, module in plan.model.named_modules({stop.module}):
-            outside |= {id(parameter) for parameter in module.parameters(recurse=False)}
+        # The argument leaves out that module and what it contains.
+        outside = {
+            id(parameter)
+            for _, module in plan.model.named_modules({stop.module})
+            for parameter in module.parameters(recurse=False)
+        }
         shared |= {layer.name for layer in stop.layers if id(layer.parameter) in outside}
     return shared
 
