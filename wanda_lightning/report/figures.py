@@ -67,9 +67,9 @@ class Grid:
         self.blocks = list(dict.fromkeys(block for _, block in cells))  # such as `model.layers.0`
         values = {cell: getattr(Layers(layers), field) for cell, layers in cells.items()}
         known = {cell: value for cell, value in values.items() if value is not None}
-        self.values: list[list[float]] = []
-        for kind in self.kinds:
-            self.values.append([known.get((kind, block), nan) for block in self.blocks])
+        self.values = [
+            [known.get((kind, block), nan) for block in self.blocks] for kind in self.kinds
+        ]
         self.known = list(known.values())
         self.shown = list(dict.fromkeys(f"{value:.1%}" for value in self.known))  # different texts
         self.labels = shortest_ends([kind.replace(".*", "") for kind in self.kinds])
