@@ -131,7 +131,7 @@ def pruned_from_disk(
         if part not in folder.written:
             folder.save(part, checkpoint.read_not_loaded(path))
 
-    if config.pattern.changes_shapes:
+    if changes_shapes:
         note = checkpoint.leave_out()
     else:
         note = checkpoint.note_on_not_loaded("copied as stored")
