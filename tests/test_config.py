@@ -111,6 +111,7 @@ def test_one_name_to_skip_is_a_list_of_one():
 # What is chosen, and what the sentence says.
 REFUSED = r"""
 - [{sparsity: 1.0}, 'sparsity must be .* at least 0 and below 1, but it is 1\.0']
+- [{sparsity: 50}, 'sparsity \(0\.5 for 50 %\) must be .* but it is 50\.']
 - [{criterion: wnda}, "criterion must be one of wanda, .* but it is 'wnda'. Did you mean wanda?"]
 - [{pattern: 2;4}, "must be one of unstructured_row, .* 4:8, unstructured, but it is '2;4'"]
 - [{method: bets}, "method must be one of .* but it is 'bets'. Did you mean best"]
@@ -131,7 +132,7 @@ def test_what_is_refused(choices, message):
 
 
 def test_a_class_in_the_place_of_an_object_is_told_so():
-    message = r"criterion must be of class Criterion or .*, but it is <class.*Wanda"
+    message = r"criterion must be of class Criterion or .*, but it is <class.* Wanda\(\.\.\.\)"
     with pytest.raises(ValueError, match=message):
         PruningConfig.from_names(criterion=Wanda)
 

@@ -310,7 +310,11 @@ def check_choices(choices: Mapping[str, Any]) -> None:
 
 
 def _check_sparsity(sparsity: float) -> None:
-    check_values(Number(minimum=0, below=1), sparsity=sparsity)
+    name = "sparsity"
+    if isinstance(sparsity, int | float) and sparsity > 1:
+        name = f"sparsity ({sparsity / 100:g} for {sparsity:g} %)"
+    shown = {name: sparsity}
+    check_values(Number(minimum=0, below=1), **shown)
 
 
 def _named(option: str, name: object) -> Any:
@@ -331,8 +335,9 @@ def _resolve(option: str, given: Any, default: Callable[[], Any] = dict) -> Any:
         return _named(option, given)()
     if not isinstance(given, (base := _base(option))):
         names = ", ".join(NAMES[option])
+        hint = f" Give an object: {given.__name__}(...)." if isinstance(given, type) else ""
         raise UserError(
-            f"{option} must be of class {base.__name__} or one of {names}, but it is {given!r}."
+            f"{option} must be of class {base.__name__} or one of {names}, but it is {given!r}.{hint}"
         )
     if not is_dataclass(given):
         raise UserError(

@@ -117,10 +117,13 @@ def run_alone(predict: BatchFunction, batch: Any) -> bool:
 
     Time steps do not; in a causal model, the earlier one does. True if the model has no predictions, or fails anyway.
     """
+    is_same = True
     try:
         is_same = _predicts_the_same(predict, batch)
     except Exception:  # the code of a model may raise anything
-        is_same = _fails(predict, batch)
+        with suppress(Exception):
+            predict(batch)
+            is_same = False  # only parts of the batch fail
     if not is_same:
         log.warning(
             "each batch runs whole, as one sample: entries of its first dimension have other predictions alone than "
@@ -144,14 +147,7 @@ def _predicts_the_same(predict: BatchFunction, batch: Any) -> bool:
     if together.shape != alone.shape:
         return False
     # NaN counts as the same, since no comparison with it is true.
-    return not bool((alone - together).norm() > _SAME * together.norm())
-
-
-def _fails(predict: BatchFunction, batch: Any) -> bool:
-    with suppress(Exception):
-        predict(batch)
-        return False
-    return True
+    return not (alone - together).norm() > _SAME * together.norm()
 
 
 def take(batch: Any, start: int, stop: int) -> Any:

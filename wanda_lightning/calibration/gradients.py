@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -274,8 +274,7 @@ class _WithGradient(torch.autograd.Function):
 # ---- the sums
 
 
-@dataclass(frozen=True)
-class _Input:
+class _Input(NamedTuple):
     """The tokens that enter a layer, as the backward pass needs them."""
 
     product: Product

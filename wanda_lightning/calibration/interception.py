@@ -86,17 +86,12 @@ class WeightInterceptor(TorchFunctionMode):
     def __init__(self, layers: Iterable[Layer], on_product: OnProduct) -> None:
         super().__init__()
         self._on_product = on_product
-        self._memory = WeightMemory(layers)
+        self.memory = WeightMemory(layers)  # empty if no weight can be recognized
         self._in_a_forward = False  # of a layer, which is one product as a whole
         self._products_seen = 0
         self._steps_and_samples: tuple[int, int] | None = (
             None  # steps and samples of what attention gets
         )
-
-    @property
-    def watches(self) -> bool:
-        """Whether any layer has a weight that can be recognized."""
-        return len(self._memory) > 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function, or `on_product` if it is a product with a layer's matrix."""
@@ -153,8 +148,8 @@ class WeightInterceptor(TorchFunctionMode):
 
     def _products(self, tokens: Tensor, weight: Tensor) -> list[Product]:
         """Return the products in `tokens @ weight`; none if the weight is no view of a layer's weight."""
-        matches = self._memory.matches(weight)
-        if not matches or tokens in self._memory:  # a product of two weights has no tokens
+        matches = self.memory.matches(weight)
+        if not matches or tokens in self.memory:  # a product of two weights has no tokens
             return []
         if matches[0].slot is not None:
             return _products_of_experts(tokens, len(weight), matches)
@@ -215,7 +210,7 @@ def intercept(layers: Sequence[Layer], on_product: OnProduct) -> Iterator[None]:
         for module, layers_of_module in modules.items():
             by_forward = partial(interceptor.by_forward, layers_of_module, module.forward)
             entered.enter_context(patched(module, "forward", by_forward))
-        if interceptor.watches:
+        if interceptor.memory:
             entered.enter_context(interceptor)
         yield
 

@@ -246,7 +246,7 @@ def _parking_at_products(samples: Sequence[Sample], stops: Sequence[Stop]) -> Se
 
     def watched(forward: Callable[[], object]) -> object:
         interceptor = WeightInterceptor(index_of, park)  # each sample has its own
-        with interceptor if interceptor.watches else nullcontext():
+        with interceptor if interceptor.memory else nullcontext():
             return forward()
 
     if not index_of:

@@ -179,18 +179,13 @@ class _LayerObservation:
 
     def observation_of(self, layers: Sequence[Layer]) -> Observation:
         """Return the same observation for layers with other names."""
-        inputs = {}
-        padding_counted = set()
-        for last, layer in zip(self.layers, layers, strict=True):
-            if last.name in self.observation.inputs:
-                inputs[layer.name] = self.observation.inputs[last.name]
-            if last.name in self.observation.padding_counted:
-                padding_counted.add(layer.name)
-        return Observation(inputs, padding_counted)
+        name_of = {last.name: layer.name for last, layer in zip(self.layers, layers, strict=True)}
+        last = self.observation
+        inputs = {name_of[name]: statistics for name, statistics in last.inputs.items()}
+        return Observation(inputs, {name_of[name] for name in last.padding_counted})
 
 
-@dataclass(frozen=True)
-class _FiniteCheck:
+class _FiniteCheck(NamedTuple):
     """Whether the sums over one input of one batch are finite, which is read later: that waits for the device."""
 
     is_finite: Tensor

@@ -6,8 +6,7 @@ import sys
 import threading
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,8 +52,7 @@ def pruning_mode(
             buffers.restore(module for module in buffers.saved if module not in corrected)
 
 
-@dataclass(frozen=True)
-class _SavedBuffer:
+class _SavedBuffer(NamedTuple):
     """A buffer of a module, and the values that it is to have again."""
 
     name: str

@@ -37,7 +37,7 @@ def check_options(
     # Whether the row applies, the option, and what is wrong with it.
     rows = (
         (dataloader is not None, "dataloader", "has other batches"),
-        (bool(pattern.why_not_passive), "pattern", pattern.why_not_passive),
+        (pattern.why_not_passive, "pattern", pattern.why_not_passive),
         (config.sequential != "none", "sequential", "runs pruned layers"),
         (config.allocation.reads_gradients, "allocation", "needs backward passes"),
         (config.reads_gradients, "pattern", "needs backward passes"),
@@ -83,7 +83,7 @@ def refuse_training(
             "validation dataloader, or use calibrate_on='calibration'.",
         ),
         (
-            stages_left > 1 and isinstance(dataloader, Iterator) and bool(config.data_reader),
+            stages_left > 1 and isinstance(dataloader, Iterator) and config.data_reader,
             f"dataloader must be read by {stages_left} stages of {schedule}, but it is a {type(dataloader).__name__}, "
             "which can be read only once. Give a list or a DataLoader.",
         ),

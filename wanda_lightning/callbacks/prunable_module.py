@@ -1,7 +1,7 @@
 """The members that a module may define for callbacks and data modules, and the model that callbacks prune."""
 
 from collections.abc import Iterable
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -65,4 +65,4 @@ class PrunableModule(Protocol):
 
 def pruning_target(pl_module: LightningModule) -> nn.Module:
     """Return the model to prune: the module's `pruning_target` if it has one, else the module itself."""
-    return cast(nn.Module, getattr(pl_module, "pruning_target", pl_module))
+    return getattr(pl_module, "pruning_target", pl_module)

@@ -42,6 +42,7 @@ class Number:
 
 Rule = Number | tuple[object, ...]
 SEED = Number(minimum=0, maximum=2**32 - 1, whole=True)
+COUNT = Number(minimum=1, whole=True)
 
 
 def check(method: object, **rules: Rule) -> None:

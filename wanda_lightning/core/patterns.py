@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from wanda_lightning.common.checks import Number, check
+from wanda_lightning.common.checks import COUNT, Number, check
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.keep_largest import (
     keep_largest,
@@ -311,8 +311,7 @@ class Structured(Pattern):
     columns: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
-        at_least_1 = Number(minimum=1, whole=True)
-        check(self, multiple_of=at_least_1, columns=at_least_1)
+        check(self, multiple_of=COUNT, columns=COUNT)
 
     def sequential(self, chosen: str) -> str:
         """Return `"layer"` unless the user chose otherwise.

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from wanda_lightning.common.checks import Number, check
+from wanda_lightning.common.checks import COUNT, check
 from wanda_lightning.common.float64 import widest
 from wanda_lightning.core.keep_largest import nondeterministic_kernels
 from wanda_lightning.core.patterns import Pattern
@@ -53,7 +53,7 @@ class Assignment(Permutation):
     iterations: int = 8
 
     def __post_init__(self) -> None:
-        check(self, iterations=Number(minimum=1, whole=True))
+        check(self, iterations=COUNT)
 
     def why_not(self, pattern: Pattern) -> str | None:
         """Return the reason if the pattern has no groups of consecutive inputs."""

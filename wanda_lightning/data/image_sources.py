@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from wanda_lightning.common.checks import require_extra
 from wanda_lightning.common.errors import UserError
@@ -39,8 +39,7 @@ class Images(Sequence[tuple[Any, int]]):
         return image, label
 
 
-@dataclass(frozen=True)
-class ImageSource:
+class ImageSource(NamedTuple):
     """Labeled images before any transform; `train` is None if there are none for training.
 
     Labels are positions in `class_names`, which `sorted_by_name` says are the sorted names of the class folders. A

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
 from types import NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch.nn.parameter import UninitializedBuffer
 from wanda_lightning.calibration.error_notes import note_on_error
 from wanda_lightning.calibration.interception import input_of
 from wanda_lightning.calibration.samples import Sample, Samples
+from wanda_lightning.common.float64 import wide_dtype
 from wanda_lightning.core.losses import divergence, squared_error
 from wanda_lightning.models import find_predictions, has_classes
 from wanda_lightning.report import BatchNormCorrection
@@ -31,24 +31,21 @@ _OPTION = (
 _OnInput = Callable[[int, int, Tensor], None]
 
 
-@dataclass(frozen=True)
-class _Moments:
+class _Moments(NamedTuple):
     """Mean and variance of each channel, on the CPU in float64."""
 
     mean: Tensor
     variance: Tensor
 
 
-@dataclass(frozen=True)
-class _UsedBatch:
+class _UsedBatch(NamedTuple):
     """A batch, of which the first samples are used; the others are held out."""
 
     batch: Sample
     used: int  # number of samples
 
 
-@dataclass(frozen=True)
-class _Predictions:
+class _Predictions(NamedTuple):
     """Predictions of a sample as rows."""
 
     rows: Tensor
@@ -163,8 +160,7 @@ class BatchNormStatistics:
         self._processes.all_reduce_sum([*dense_totals, *pruned_sums])
         corrected = 0
         for index, (dense, pruned) in enumerate(zip(dense_totals, pruned_sums, strict=True)):
-            has_values = bool(dense[0].any() and pruned[0].any())
-            if has_values:
+            if dense[0].any() and pruned[0].any():
                 self._set(index, _moved(self._original[index], dense, pruned))
                 corrected += 1
         return corrected
@@ -207,9 +203,9 @@ class BatchNormStatistics:
         return float(total[0] / total[1]) if total[1] else None
 
     def _set(self, index: int, moments: _Moments) -> None:
-        mean, variance = _buffers(self._layers[index])
-        mean.copy_(moments.mean)
-        variance.copy_(moments.variance)
+        layer: Any = self._layers[index]
+        layer.running_mean.copy_(moments.mean)
+        layer.running_var.copy_(moments.variance)
 
 
 def batch_norm_layers(model: nn.Module) -> list[nn.Module]:
@@ -228,19 +224,10 @@ def batch_norm_layers(model: nn.Module) -> list[nn.Module]:
     return layers
 
 
-def _buffers(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    mean = layer.running_mean
-    variance = layer.running_var
-    assert isinstance(mean, Tensor)
-    assert isinstance(variance, Tensor)
-    return mean, variance
-
-
-def _moments_of(layer: nn.Module) -> _Moments:
-    mean, variance = _buffers(layer)
-    return _Moments(
-        mean.to("cpu", torch.float64, copy=True), variance.to("cpu", torch.float64, copy=True)
-    )
+def _moments_of(layer: Any) -> _Moments:
+    mean = layer.running_mean.to("cpu", torch.float64, copy=True)
+    variance = layer.running_var.to("cpu", torch.float64, copy=True)
+    return _Moments(mean, variance)
 
 
 def _sums(inputs: Tensor) -> Tensor:
@@ -250,7 +237,7 @@ def _sums(inputs: Tensor) -> Tensor:
         return torch.zeros(3, channels, dtype=torch.float64)
 
     positions = [0, *range(2, inputs.ndim)]
-    mean = inputs.mean(positions, dtype=torch.promote_types(inputs.dtype, torch.float32))
+    mean = inputs.mean(positions, dtype=wide_dtype(inputs))
     center = mean.reshape(-1, *repeat(1, inputs.ndim - 2))
     # On a CPU, torch.var_mean takes five times as long as these parts.
     parts = inputs.split(max(1, _AT_ONCE * len(inputs) // inputs.numel()))
@@ -298,5 +285,5 @@ def _predict(sample: Sample) -> _Predictions | None:
     if predictions is None:
         return None
     rows = rows_of(predictions, sample)
-    rows = rows.to(torch.promote_types(rows.dtype, torch.float32), copy=True)
+    rows = rows.to(wide_dtype(rows), copy=True)
     return _Predictions(rows, has_classes(output))

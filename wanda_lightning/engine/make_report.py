@@ -62,10 +62,11 @@ def make_report(run: Run, removal: Removal) -> PruningReport:
 def _left_dense(run: Run, removal: Removal) -> dict[str, SkippedMatrix]:
     """Return the layers of the plan that were not pruned, in model order, and what stays dense with them."""
     done = run.done
-    dense = {}
-    for layer in run.plan.layers:
-        if layer.name not in done.layers:
-            dense[layer.name] = done.skipped.get(layer.name) or unreached(layer)
+    dense = {
+        layer.name: done.skipped.get(layer.name) or unreached(layer)
+        for layer in run.plan.layers
+        if layer.name not in done.layers
+    }
     all_dense = removal.left_dense(dense)
     return {
         name: all_dense[name]
@@ -149,10 +150,12 @@ def _shared_outside(plan: Plan) -> set[str]:
         has_several = any(number_of_names[id(layer.parameter)] > 1 for layer in stop.layers)
         if stop.module is None or not has_several:
             continue
-        outside = set()
-        # The second argument leaves out that module and what it contains.
-        for _, module in plan.model.named_modules({stop.module}):
-            outside |= {id(parameter) for parameter in module.parameters(recurse=False)}
+        # The argument leaves out that module and what it contains.
+        outside = {
+            id(parameter)
+            for _, module in plan.model.named_modules({stop.module})
+            for parameter in module.parameters(recurse=False)
+        }
         shared |= {layer.name for layer in stop.layers if id(layer.parameter) in outside}
     return shared
 
@@ -242,10 +245,8 @@ def _on_batch_norm(run: Run) -> Iterator[Note]:
 
 
 def _on_training(run: Run) -> Iterator[Note]:
-    stopped_parts = {}
-    for layer in run.done.layers.values():
-        if layer.part and layer.part.stopped:
-            stopped_parts[layer.part.name] = layer.part
+    parts = [layer.part for layer in run.done.layers.values() if layer.part]
+    stopped_parts = {part.name: part for part in parts if part.stopped}
     if stopped_parts:
         first = next(iter(stopped_parts.values()))
         untrained = sum(not part.after < part.before for part in stopped_parts.values())

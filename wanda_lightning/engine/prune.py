@@ -143,14 +143,14 @@ def prune_as(
             run = replace(run, permuted=permute(run))
     run = removal.find(run)  # hidden units, experts; from now on, the plan concerns what can leave
     statistics = BatchNormStatistics(batch_norms, samples)
-    with run.clock.timed("normalize", bool(batch_norms)), pruning_mode(plan.model):
+    with run.clock.timed("normalize", batch_norms), pruning_mode(plan.model):
         statistics.observe_dense()
     run = _allocate(run, removal)  # the sparsity of each layer
     recovery = _start_recovery(run, plan.layers)
     run = _prune_stops(run, removal)
-    with run.clock.timed("normalize", bool(batch_norms)), pruning_mode(plan.model, batch_norms):
+    with run.clock.timed("normalize", batch_norms), pruning_mode(plan.model, batch_norms):
         run = replace(run, batch_norm=statistics.correct())
-    with run.clock.timed("recover", recovery is not None), pruning_mode(plan.model):
+    with run.clock.timed("recover", recovery), pruning_mode(plan.model):
         if recovery:
             run = replace(run, training=recovery.train())
     return make_report(run, removal)
@@ -241,7 +241,7 @@ def _allocate(run: Run, removal: Removal) -> Run:
     if run.plan.is_one_pass and not config.reads_gradients:
         # The one pass that observes all layers comes first; the sparsities are chosen after it.
         return run
-    is_reported = bool(config.allocation.needs or config.reads_gradients)
+    is_reported = config.allocation.needs or config.reads_gradients
     with run.clock.timed("allocate", is_reported=is_reported):
         resumed = _resumed(run, removal)
         if resumed is not None:

@@ -138,4 +138,4 @@ def _same_but_for_ties(before: Sequence[Tensor], after: Sequence[Tensor]) -> boo
         error = torch.linalg.vector_norm(old_rows - new_rows, dim=1)
         is_same = error <= 8 * eps * torch.linalg.vector_norm(old_rows, dim=1)
         shares.append(float(is_same.double().mean()))
-    return bool(shares) and min(shares) > _SAME
+    return min(shares, default=0.0) > _SAME

@@ -6,7 +6,7 @@ experts unroutable.
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -22,8 +22,7 @@ _NUMBER = re.compile(r"(\w+_)?(n|num)_(?!shared)(\w+_)?experts")
 _GROUPS = re.compile(r"(n|num)_(expert_)?groups?")
 
 
-@dataclass(frozen=True)
-class Mixture:
+class Mixture(NamedTuple):
     """The routed experts of one module, with their router."""
 
     name: str  # of the module that holds experts and routers

@@ -7,9 +7,9 @@ the experts by the gate (Llama 4), it is the norm of what the expert returns for
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -138,8 +138,7 @@ class ExpertSaliency(StopObserver):
         sums[1].index_add_(0, experts, torch.ones(len(experts), dtype=torch.float64))
 
 
-@dataclass(frozen=True)
-class _Routing:
+class _Routing(NamedTuple):
     """What the experts of a mixture add for each token, each tensor (tokens, k)."""
 
     tokens: Tensor  # the inputs, (tokens, d_in)

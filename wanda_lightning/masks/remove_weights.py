@@ -1,7 +1,7 @@
 """Prune the layers of one stop with their statistics: solve, write, and record what happened."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ def _why_dense(layer: Layer, inputs: InputStatistics) -> SkippedMatrix | None:
         return SkippedMatrix(layer.name, layer.stored_shape, SkipReason.UNROUTED, detail)
     if inputs.count == 0:
         return unreached(layer)
-    if bool(inputs.inactive().all()):
+    if inputs.inactive().all():
         detail = "all its inputs were zero"
         return SkippedMatrix(layer.name, layer.stored_shape, SkipReason.INACTIVE, detail)
     return None
@@ -100,8 +100,7 @@ def _split_by_size(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
     yield part
 
 
-@dataclass(frozen=True)
-class _Solved:
+class _Solved(NamedTuple):
     """A layer before and after the solver."""
 
     layer: Layer

@@ -1,8 +1,7 @@
 """Which tokens of a batch are padding, from its attention mask."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +12,7 @@ from wanda_lightning.models.layers import named_modules, uncompiled_name
 _NO_LABEL = -100  # transformers pads labels with this value
 
 
-@dataclass(frozen=True)
-class TokenMask:
+class TokenMask(NamedTuple):
     """The tokens of a batch that count, in contrast to padding."""
 
     inside: str  # name of the module that these tokens enter; "" for the whole model

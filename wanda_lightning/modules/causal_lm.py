@@ -4,7 +4,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
@@ -232,7 +232,7 @@ class CausalLMModule(L.LightningModule):
         source = ModelSource(os.fspath(name), **options)
         dtype: Any = self.pruning_target.dtype
         dtype = dtype_name(dtype) if dtype in DTYPES.values() else "auto"
-        return cast(nn.Module, load_causal_lm(source, dtype))
+        return load_causal_lm(source, dtype)
 
     def merge(self, reprune: bool = False) -> None:
         """Merge the adapters, if there are any, into the weights; `reprune` restores zeros that plain ones fill."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from wanda_lightning.common.float64 import has_float64
+from wanda_lightning.common.float64 import has_float64, widened
 
 _CHUNK = 2**22  # logits per step of the loss, 16 MiB in float32
 
@@ -36,8 +36,8 @@ def window_losses(logits: Tensor, input_ids: Tensor, attention_mask: Tensor | No
     targets = input_ids.roll(-1, dims=1).flatten()  # the last token of a window has no target
     losses = []
     for chunk, target in zip(chunks, targets.split(size), strict=True):
-        chunk = chunk.to(torch.promote_types(chunk.dtype, torch.float32))
-        losses.append(chunk.logsumexp(-1) - chunk.gather(-1, target[:, None])[:, 0])
+        wide = widened(chunk)
+        losses.append(wide.logsumexp(-1) - wide.gather(-1, target[:, None])[:, 0])
 
     # `where`, since the loss at padding may be NaN.
     has_target = predicted_tokens(input_ids, attention_mask).roll(-1, dims=1)

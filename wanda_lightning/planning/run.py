@@ -27,7 +27,7 @@ class Clock(dict[str, float]):
     """Seconds by stage."""
 
     @contextmanager
-    def timed(self, stage: str, is_reported: bool = True) -> Iterator[None]:
+    def timed(self, stage: str, is_reported: object = True) -> Iterator[None]:
         """Add the time of this block to a stage of the report; a stage that does nothing is left out."""
         started = time.perf_counter()
         try:

@@ -1,10 +1,9 @@
 """Metrics, methods and results in words, for pages and model cards."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import isfinite
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 from wanda_lightning.common.wording import abbreviated, quantity
 from wanda_lightning.report.records import Measured, ReportData
@@ -13,8 +12,7 @@ _Config = Mapping[str, Any]  # of a report
 _NEUTRAL = ("ZeroOut", "Uniform", "NoRecovery", "NoPermutation")  # choices that change nothing
 
 
-@dataclass(frozen=True)
-class Metric:
+class Metric(NamedTuple):
     """A metric of models."""
 
     name: str  # in `Circumstances.metric` and in tables

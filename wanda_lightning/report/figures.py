@@ -5,12 +5,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from io import StringIO
 from math import isnan, nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.checks import require_extra
@@ -68,9 +67,9 @@ class Grid:
         self.blocks = list(dict.fromkeys(block for _, block in cells))  # such as `model.layers.0`
         values = {cell: getattr(Layers(layers), field) for cell, layers in cells.items()}
         known = {cell: value for cell, value in values.items() if value is not None}
-        self.values: list[list[float]] = []
-        for kind in self.kinds:
-            self.values.append([known.get((kind, block), nan) for block in self.blocks])
+        self.values = [
+            [known.get((kind, block), nan) for block in self.blocks] for kind in self.kinds
+        ]
         self.known = list(known.values())
         self.shown = list(dict.fromkeys(f"{value:.1%}" for value in self.known))  # different texts
         self.labels = shortest_ends([kind.replace(".*", "") for kind in self.kinds])
@@ -105,8 +104,7 @@ def _ends(name: str) -> list[str]:
     return [name.split(".", cuts)[-1] for cuts in range(name.count("."), -1, -1)]
 
 
-@dataclass(frozen=True)
-class Bar:
+class Bar(NamedTuple):
     """The numbers of weights in matrices of one kind."""
 
     name: str
@@ -139,8 +137,7 @@ def weights_by_kind(report: ReportData) -> list[Bar]:
     return sorted(bars, key=lambda bar: -bar.size)
 
 
-@dataclass(frozen=True)
-class Plot:
+class Plot(NamedTuple):
     """One figure, of a height in pixels; `draw` draws it on axes of a width in pixels."""
 
     name: str

@@ -60,10 +60,11 @@ def from_parsed(kind: Any, value: Any) -> Any:
 def _converted(kind: Any, value: Any) -> Any:
     origin = get_origin(kind)
     if is_dataclass(kind):
-        arguments = {}
-        for name, field_type in get_type_hints(kind).items():
-            if name in value:
-                arguments[name] = _converted(field_type, value[name])
+        arguments = {
+            name: _converted(field_type, value[name])
+            for name, field_type in get_type_hints(kind).items()
+            if name in value
+        }
         return kind(**arguments)  # type: ignore[operator]
     if origin is UnionType and value is not None:  # the other type is None
         return _converted(get_args(kind)[0], value)

@@ -131,10 +131,9 @@ def pruned_from_disk(
         if part not in folder.written:
             folder.save(part, checkpoint.read_not_loaded(path))
 
-    if config.pattern.changes_shapes:
+    note = checkpoint.note_on_not_loaded("copied as stored")
+    if changes_shapes:
         note = checkpoint.leave_out()
-    else:
-        note = checkpoint.note_on_not_loaded("copied as stored")
     if finished_report:
         report = PruningReport.from_json(finished_report)
     elif note:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from wanda_lightning.calibration.error_notes import note_on_error
 from wanda_lightning.calibration.recomputing import recomputing
 from wanda_lightning.calibration.samples import Sample, fit_together
-from wanda_lightning.common.checks import SEED, Number, check
+from wanda_lightning.common.checks import COUNT, SEED, Number, check
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.models import Stop, causal_config
@@ -93,8 +93,7 @@ class Distill(Recovery):
     reads_batches = True
 
     def __post_init__(self) -> None:
-        count = Number(minimum=1, whole=True)
-        rules = {"passes": count, "batch_size": count, "learning_rate": Number(above=0, maximum=1)}
+        rules = {"passes": COUNT, "batch_size": COUNT, "learning_rate": Number(above=0, maximum=1)}
         given = {name: rule for name, rule in rules.items() if getattr(self, name) is not None}
         check(self, loss=("kl", "mse", None), blocks=(True, False, None), **given)
         check(self, seed=SEED, next_token=Number(minimum=0, maximum=1))
@@ -159,8 +158,7 @@ def _run_samples(dense: DenseModel, head: nn.Module | None) -> list[list[_Item]]
     return batches
 
 
-@dataclass(frozen=True)
-class _Settings:
+class _Settings(NamedTuple):
     """What `Distill` leaves open, as given or chosen."""
 
     batch_size: int

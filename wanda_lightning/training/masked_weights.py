@@ -195,10 +195,9 @@ class MaskedWeights(AbstractContextManager["MaskedWeights"]):
 
     def _sum(self, losses: Iterable[float]) -> float:
         """Return the sum over all processes; an error in one of them ends all."""
-        total = torch.zeros(1, dtype=torch.float64)  # a Trainer may set the default to 16 bits
         with self._processes.fail_together():
-            for loss in losses:
-                total += loss
+            # A Trainer may set the default to 16 bits.
+            total = torch.tensor([sum(losses)], dtype=torch.float64)
         self._processes.all_reduce_sum([total])
         return float(total)
 

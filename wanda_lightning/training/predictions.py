@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -121,8 +121,7 @@ def predictions_of(output: object) -> Tensor:
     return predictions
 
 
-@dataclass(frozen=True)
-class DenseTarget:
+class DenseTarget(NamedTuple):
     """The dense predictions for one sample, stored as the inputs of the output head or as the predictions."""
 
     rows: Tensor

@@ -22,7 +22,7 @@ from wanda_lightning.calibration.trees import (
     tensors_of,
 )
 from wanda_lightning.common.aliases import Forward, Kwargs
-from wanda_lightning.common.checks import Number, check
+from wanda_lightning.common.checks import COUNT, Number, check
 from wanda_lightning.common.float64 import widened
 from wanda_lightning.models import Layer, Stop, fitting_mask
 from wanda_lightning.parallel import Processes
@@ -56,7 +56,7 @@ class Reconstruct(Recovery):
     learning_rate: float = 0.01
 
     def __post_init__(self) -> None:
-        check(self, epochs=Number(minimum=1, whole=True), learning_rate=Number(above=0))
+        check(self, epochs=COUNT, learning_rate=Number(above=0))
 
     def start(self, stop: Stop, processes: Processes) -> BlockRecovery:
         """Find the parts of the stop; a stop that is a single layer has no parts."""

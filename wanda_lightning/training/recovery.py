@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from torch import nn
 
@@ -29,8 +29,7 @@ class BlockRecovery:
         return iter(())
 
 
-@dataclass(frozen=True)
-class DenseModel:
+class DenseModel(NamedTuple):
     """A model before any layer is pruned, and the data to train it on."""
 
     model: nn.Module

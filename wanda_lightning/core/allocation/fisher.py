@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from wanda_lightning.common.checks import Number, check
+from wanda_lightning.common.checks import COUNT, Number, check
 from wanda_lightning.common.float64 import widened
 from wanda_lightning.core.allocation.allocation import (
     Allocation,
@@ -78,7 +78,7 @@ class Fisher(Allocation):
             cost=("units", "parameters", "macs", "seconds"),
         )
         if self.num_samples is not None:
-            check(self, num_samples=Number(minimum=1, whole=True))
+            check(self, num_samples=COUNT)
 
     @property
     def gradient_limit(self) -> GradientLimit:

@@ -68,10 +68,8 @@ class OWL(Allocation):
         size = total_size(layers)
         # The scores are computed twice: those of a whole block might not fit into memory.
         mean = math.fsum(float(_scores(layer).sum()) for layer in layers) / size
-        outliers = 0
-        for layer in layers:
-            outliers += int((_scores(layer) > self.m * mean).count_nonzero())
-        return outliers / size
+        outliers = [int((_scores(layer) > self.m * mean).count_nonzero()) for layer in layers]
+        return sum(outliers) / size
 
 
 def _scores(layer: DenseLayer) -> Score:

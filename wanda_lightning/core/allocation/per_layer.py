@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from wanda_lightning.common.checks import Number
 from wanda_lightning.common.errors import UserError
@@ -22,8 +23,7 @@ _SPARSITY = Number(minimum=0, below=1)
 _AS_PRINTED = 1e-4  # accept a mean with the four digits that the error message shows
 
 
-@dataclass(frozen=True)
-class _Given:
+class _Given(NamedTuple):
     """The layers with a given sparsity, and what remains for the others."""
 
     sparsities: Sparsities

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from wanda_lightning.common.checks import Number, check
+from wanda_lightning.common.checks import COUNT, Number, check
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.criteria import lower_inactive
 from wanda_lightning.core.masking import as_numbers, masked
@@ -51,9 +51,8 @@ class ADMM(Solver):
     intercept: bool = True
 
     def __post_init__(self) -> None:
-        at_least_1 = Number(minimum=1, whole=True)
         check(self, dampening=Number(above=0), intercept=(True, False))
-        check(self, iterations=at_least_1, refit_steps=at_least_1)
+        check(self, iterations=COUNT, refit_steps=COUNT)
         if isinstance(self.rho, list):  # as a file gives it
             object.__setattr__(self, "rho", tuple(self.rho))
         is_pair = isinstance(self.rho, tuple) and len(self.rho) == 2

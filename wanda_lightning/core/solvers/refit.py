@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from wanda_lightning.common.checks import Number, check
+from wanda_lightning.common.checks import COUNT, Number, check
 from wanda_lightning.core.masking import as_numbers, masked
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.solvers.solver import Solver
@@ -37,7 +37,7 @@ class Refit(Solver):
     intercept: bool = True
 
     def __post_init__(self) -> None:
-        check(self, dampening=Number(minimum=0), steps=Number(minimum=1, whole=True))
+        check(self, dampening=Number(minimum=0), steps=COUNT)
         check(self, intercept=(True, False))
 
     def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> Solved:

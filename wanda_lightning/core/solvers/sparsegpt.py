@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from wanda_lightning.common.checks import Number, check
+from wanda_lightning.common.checks import COUNT, Number, check
 from wanda_lightning.core.criteria import Criterion, Group, Saliency
 from wanda_lightning.core.masking import as_numbers, mask_
 from wanda_lightning.core.patterns import ColumnBlock
@@ -47,8 +47,7 @@ class SparseGPT(Solver):
     mask: Literal["block", "upfront"] = "block"
 
     def __post_init__(self) -> None:
-        whole = Number(minimum=1, whole=True)
-        check(self, dampening=Number(above=0), block_size=whole, mask=("block", "upfront"))
+        check(self, dampening=Number(above=0), block_size=COUNT, mask=("block", "upfront"))
 
     @property
     def chooses_in_blocks(self) -> bool:
