@@ -98,10 +98,11 @@ class PruningConfig:
                 distillation); it sets the defaults of the other choices.
             criterion: How weights are scored, by default as in the paper of the method or the solver.
             pattern: Where zeros may fall: anywhere (`unstructured`), in N:M such as `2:4`, which keeps N of every M
-                weights, or in whole hidden units (`structured`), which `shrink` takes out; or whole experts leave each
-                mixture of experts (`experts`); `sparsity` is then a fraction of units or experts. `"unstructured"`
-                compares as in the method's paper, `"unstructured_row"` and `"unstructured_layer"` compare as they say;
-                `"equal_share"` is the paper's variant.
+                weights, or in whole hidden units (`structured`, or `structured:16` to keep multiples of 16 instead of
+                8), which `shrink` takes out; or whole experts leave each mixture of experts (`experts`); `sparsity` is
+                then a fraction of units or experts. `"unstructured"` compares as in the method's paper,
+                `"unstructured_row"` and `"unstructured_layer"` compare as they say; `"equal_share"` is the paper's
+                variant.
             allocation: How the sparsity is distributed over layers: equally (`uniform`), or less where scores have more
                 outliers (`owl`) or the predictions depend more (`fisher`; for hidden units also by cost).
             solver: How the final weights are computed: by zeroing alone (`zero_out`), or by updating the rest too.
@@ -286,7 +287,7 @@ NAMES: Mapping[str, Mapping[str, Any]] = {
     "permutation": methods.PERMUTATIONS,
     "sequential": dict.fromkeys((*methods.SEQUENTIAL_CHOICES, "auto", "one_pass")),
 }
-"""The names that an argument of `from_names` takes; `pattern` also takes any N:M."""
+"""The names that an argument of `from_names` takes; `pattern` also takes any N:M, and `structured:16`."""
 
 OLD_NAMES = {"distil": "distill"}
 """Names that version 0.3 had, and that are accepted for one more version, but not listed."""
@@ -353,20 +354,26 @@ def resolve_pattern(given: Pattern | str, group: str = "row") -> Pattern:
     Example:
         >>> resolve_pattern("1:4")
         NM(n=1, m=4)
+        >>> resolve_pattern("structured:16")
+        Structured(multiple_of=16, columns=1)
     """
     check_pattern(given)
     if given == "unstructured":
         given = f"unstructured_{group}"
     if isinstance(given, str) and ":" in given:
-        from wanda_lightning.core.patterns import NM
+        from wanda_lightning.core.patterns import NM, Structured
 
-        return NM(*map(int, given.split(":")))
+        first, _, second = given.partition(":")
+        if first == "structured":
+            return Structured(multiple_of=int(second))
+        return NM(int(first), int(second))
     return _resolve("pattern", given)
 
 
 def check_pattern(given: object) -> None:
-    """Raise a ValueError for a name that is not one of a pattern, nor N:M."""
-    if given is None or (isinstance(given, str) and not re.fullmatch(r"\d+:\d+", given)):
+    """Raise a ValueError for a name that is not one of a pattern, nor N:M, nor structured:MULTIPLE."""
+    has_numbers = isinstance(given, str) and re.fullmatch(r"(\d+|structured):\d+", given)
+    if given is None or (isinstance(given, str) and not has_numbers):
         _named("pattern", given)
 
 

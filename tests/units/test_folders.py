@@ -1,10 +1,15 @@
 """Folders of shrunk models load with their own library alone, and give the results of the model with zeros."""
 
+import copy
+import hashlib
+import json
+import shutil
 import subprocess
 import sys
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import timm
@@ -15,7 +20,12 @@ from support.pairwise import with_nightly
 from support.reports import read_json
 from support.tiny import VOCABULARY
 from support.zoo import causal, number_of_weights, seeded
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaForCausalLM,
+)
 
 import wanda_lightning as wl
 from wanda_lightning.units.shrunk_model import register_shrunk_model
@@ -99,6 +109,57 @@ def test_a_loaded_language_model_can_be_saved_again(shrunk_language_model, name,
     module = wl.CausalLMModule(folder, trust_remote_code=needs_file)
     module.save_pretrained(tmp_path / "again")
     assert_loads_without_this_package(tmp_path / "again", name, model)
+
+
+def test_a_base_model_loads_from_the_folder_of_a_model_with_a_head(shrunk_language_model):
+    model, _, folder = shrunk_language_model("llama by the loss")
+    base = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+    assert type(base).__name__ == "ShrunkLlamaModel"
+    assert_close(base(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+
+
+def test_another_head_loads_from_the_folder_of_a_base_model(shrunk_language_model, tmp_path):
+    _, _, folder = shrunk_language_model("llama by the loss")
+    base = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    base.save_pretrained(tmp_path)
+    auto = AutoModelForSequenceClassification
+    classifier = auto.from_pretrained(tmp_path, trust_remote_code=True, num_labels=3)
+    assert same(classifier.model.state_dict(), base.state_dict())
+
+
+def test_what_is_shrunk_in_memory_is_saved_by_transformers_alone(tmp_path):
+    model = causal("llama").build()
+    prune_units(model, [{"input_ids": IDS}], 0.4, allocation="fisher")
+    zeros = copy.deepcopy(model)
+    wl.shrink(model)
+    assert isinstance(model, LlamaForCausalLM)
+    model.save_pretrained(tmp_path)
+    assert_loads_without_this_package(tmp_path, "llama by the loss", zeros)
+
+
+def test_a_folder_of_version_0_3_loads(shrunk_language_model, tmp_path):
+    model, _, folder = shrunk_language_model("llama by the loss")
+    old = tmp_path / "old"
+    shutil.copytree(folder, old)
+    config = read_json(old / "config.json")
+    config["architectures"] = ["LlamaForCausalLM"]
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_shrunk.LlamaForCausalLM"}
+    (old / "config.json").write_text(json.dumps(config))
+    shutil.copy(Path(__file__).with_name("modeling_shrunk_0_3.txt"), old / "modeling_shrunk.py")
+    assert_loads_without_this_package(old, "llama by the loss", model)
+
+
+@pytest.mark.parametrize(("name", "is_served"), [("llama by the loss", True), ("bloom", False)])
+def test_a_family_that_no_server_can_build_is_named(shrunk_language_model, name, is_served):
+    _, report, _ = shrunk_language_model(name)
+    assert ("vLLM and SGLang cannot serve it" in str(report)) != is_served
+
+
+def test_the_documentation_has_the_hashes_of_the_files(shrunk_language_model, dense_and_shrunk):
+    page = (Path(__file__).parents[2] / "docs/shrink.md").read_text(encoding="utf-8")
+    for folder in (shrunk_language_model("bloom")[2], dense_and_shrunk("test_resnet")[1]):
+        file = (folder / "modeling_shrunk.py").read_bytes()
+        assert hashlib.sha256(file).hexdigest() in page
 
 
 ALONE = """

@@ -167,7 +167,7 @@ def _ignored(models: Model, values: Kwargs) -> Iterator[tuple[str, str]]:
         yield "a command without --push_to_hub", "private"
     if not values.get("save_model"):
         yield "a command without --save_model", "push_to_hub shrink stream"
-    if pattern != "structured":
+    if not pattern.startswith("structured"):
         yield f"--pattern {pattern}", "shrink"
     if values.get("stream"):
         yield "--stream", "eval_zero_shot"

@@ -262,7 +262,8 @@ class Pruning(_Choices):  # type: ignore[misc]  # a base made from PruningConfig
         """The label of the results: the method, and the choices that replace its own."""
         names = [self.method, self.criterion, self.solver]
         if not any(names):
-            names = [{"experts": "reap", "structured": "refit"}.get(self.pattern, "wanda")]
+            pattern = self.pattern.partition(":")[0]  # without the numbers of N:M and structured:16
+            names = [{"experts": "reap", "structured": "refit"}.get(pattern, "wanda")]
         names += [self.allocation, self.recovery]
         return "_".join(filter(None, names))
 
