@@ -17,6 +17,7 @@ from support.callbacks import (
     equal,
     fit_module,
     loader,
+    pruned_by_hand,
     run_loop,
     same,
     samples,
@@ -24,6 +25,7 @@ from support.callbacks import (
     tagged,
     trainer,
     validate_module,
+    wanda,
 )
 from support.layers import assert_same, rng
 from support.quiet import prune
@@ -275,14 +277,14 @@ def test_a_loader_of_precomputed_batches():
 
 def test_trying_out_a_batch_at_the_start_does_not_advance_the_loader():
     module = Recorder()
-    fit_module(module, WandaPrune(num_samples=12, dataloader=shuffled(), at_step=2), max_steps=3)
+    fit_module(module, wanda(dataloader=shuffled(), at_step=2), max_steps=3)
     assert_same(module.seen[1:], [*shuffled()])
 
 
 @pytest.mark.parametrize("data", [iter(loader()), DataLoader(BatchedStream(), batch_size=None)])
 def test_no_batch_of_a_stream_is_tried_out(data):
     module = Recorder()
-    fit_module(module, WandaPrune(num_samples=12, dataloader=data, at_step=2), max_steps=3)
+    fit_module(module, wanda(dataloader=data, at_step=2), max_steps=3)
     assert_same(module.seen, [*loader()])
 
 
@@ -297,7 +299,7 @@ def test_a_batch_sampler_is_read_as_a_batch_size_is(loop):
     ):
         L.seed_everything(3, verbose=False)
         module = Recorder()
-        run_loop(loop, module, WandaPrune(num_samples=12), data=data, max_epochs=1)
+        run_loop(loop, module, wanda(), data=data, max_epochs=1)
         seen.append(module.seen)
     assert_same(*seen)
 
@@ -319,10 +321,7 @@ def on_validation(**options):
 
 
 def by_hand(module, count):
-    expected = Net()
-    expected.load_state_dict(module.state_dict())
-    prune(expected, list(loader(count)), sequential="none")
-    return expected
+    return pruned_by_hand(module.state_dict(), 0.5, count, sequential="none")
 
 
 @pytest.mark.parametrize("method", ["wanda", "fast"])

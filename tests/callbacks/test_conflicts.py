@@ -19,6 +19,7 @@ from support.callbacks import (
     share_of_zeros,
     trainer,
     validate_module,
+    wanda,
 )
 
 from wanda_lightning import CubicSchedule, LinearSchedule, OneShot, PruningCallback, WandaPrune
@@ -186,7 +187,7 @@ def test_a_best_checkpoint_from_before_pruning_is_warned_of(
 ):
     options = {"max_epochs": 2, "enable_checkpointing": True, "fast_dev_run": dry}
     best = ModelCheckpoint(tmp_path, monitor=monitor)
-    trainer(WandaPrune(num_samples=12, **when), best, **options).fit(Net(), loader(), loader())
+    trainer(wanda(**when), best, **options).fit(Net(), loader(), loader())
     texts = [str(warning.message) for warning in recwarn]
     warned = [text for text in texts if "ModelCheckpoint(" in text]
     assert len(warned) == (last is not None)
@@ -196,7 +197,7 @@ def test_a_best_checkpoint_from_before_pruning_is_warned_of(
 
 
 def test_testing_a_checkpoint_from_before_pruning_is_warned_of(tmp_path):
-    run = trainer(WandaPrune(num_samples=12, at_step=3), SaveAt(tmp_path, 2), max_steps=6)
+    run = trainer(wanda(at_step=3), SaveAt(tmp_path, 2), max_steps=6)
     run.fit(Net(), loader())
     module = Net()
     with pytest.warns(

@@ -23,6 +23,7 @@ from support.callbacks import (
     share_of_zeros,
     train_by_hand,
     validate_module,
+    wanda,
     zeros,
 )
 from support.layers import assert_same, rng
@@ -35,7 +36,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from wanda_lightning import CausalLMModule, DistillFromDense, KeepZeros, WandaPrune
+from wanda_lightning import CausalLMModule, DistillFromDense, KeepZeros
 from wanda_lightning.callbacks.distillation import dense_model
 
 
@@ -123,7 +124,7 @@ def test_it_trains_like_a_loop_with_the_loss_written_out(weight, temperature, ac
 def test_by_default_the_dense_model_is_a_copy_from_before_pruning():
     module = Net()
     by_hand = ByHand(Net(), 0.5, 1.0)
-    fit_module(module, WandaPrune(num_samples=12), DistillFromDense(), max_epochs=2)
+    fit_module(module, wanda(), DistillFromDense(), max_epochs=2)
     prune(by_hand, [batch[0] for batch in loader()])
     train_by_hand(by_hand, [*loader()] * 2, SGD(by_hand.parameters()), 1, None)
     assert_close_states(module, by_hand)
@@ -165,7 +166,7 @@ def test_precisions(precision, tolerance):
 @pytest.mark.parametrize("dense", [None, Dense])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, dense):
     def fit(steps, path=None):
-        callbacks = WandaPrune(num_samples=12), DistillFromDense(dense and dense(), temperature=2.0)
+        callbacks = wanda(), DistillFromDense(dense and dense(), temperature=2.0)
         module = Net(ADAMW)
         fit_module(module, *callbacks, SaveAt(tmp_path, 3), max_steps=steps, ckpt_path=path)
         return module
@@ -333,7 +334,7 @@ COMPILES = pytest.mark.skipif(
 def test_other_ways_to_run_a_network(make):
     results = []
     for module in (Net(), make()):
-        fit_module(module, WandaPrune(num_samples=12), DistillFromDense(), max_steps=3)
+        fit_module(module, wanda(), DistillFromDense(), max_steps=3)
         results.append([*module.parameters()])
     assert_close(*results)
 

@@ -18,6 +18,7 @@ from support.callbacks import (
     to_quarters,
     train_by_hand,
     trainer,
+    wanda,
     zeros,
 )
 from support.held_zeros import (
@@ -223,12 +224,12 @@ def test_averages_hold_the_zeros(kind, at_step, order, make):
 @pytest.mark.parametrize("kind", ["ema of late start", "swa"])
 def test_averages_that_are_pruned_after_the_last_step(kind):
     module = Net(ADAMW)
-    fit_module(module, AVERAGING[kind](), WandaPrune(num_samples=12, at_step=12), max_epochs=4)
+    fit_module(module, AVERAGING[kind](), wanda(at_step=12), max_epochs=4)
     assert share_of_zeros(module) == all_at(0.5)
 
 
 def test_a_checkpoint_beside_an_average_holds_the_zeros_in_both(tmp_path):
-    fit = trainer(EMAWeightAveraging(decay=0.8), WandaPrune(num_samples=12, at_step=2), max_steps=2)
+    fit = trainer(EMAWeightAveraging(decay=0.8), wanda(at_step=2), max_steps=2)
     fit.fit(LooksAtZeros(ADAMW, from_step=2), loader())
     fit.save_checkpoint(tmp_path / "both.ckpt")
     saved = torch.load(tmp_path / "both.ckpt", weights_only=True)
@@ -283,7 +284,7 @@ def test_keep_zeros_on_a_dense_model_warns():
 def test_a_layer_of_all_zeros_trains(callback):
     module = Net(ADAMW)
     nn.init.zeros_(module.layers[4].weight)
-    keeping = WandaPrune(num_samples=12)
+    keeping = wanda()
     if callback == "keep":
         prune(module, criterion="magnitude", skip=["layers.4"])
         keeping = KeepZeros()

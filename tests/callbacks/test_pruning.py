@@ -34,6 +34,7 @@ from support.callbacks import (
     share_of_zeros,
     trainer,
     validate_module,
+    wanda,
     zeros,
     zeros_in,
 )
@@ -54,7 +55,7 @@ def measuring(request):
     loop, sequential = request.param
     by_hand = Net()
     prune(by_hand, list(loader()), 0.5, sequential=sequential)
-    callback = WandaPrune(num_samples=12, sequential=sequential, dataloader=loader())
+    callback = wanda(sequential=sequential, dataloader=loader())
     module = Net()
     return SimpleNamespace(
         loop=loop,
@@ -87,7 +88,7 @@ class TestMeasuring:
             pruning_target = property(lambda self: self.layers)
 
         module = Wrapper()
-        callback = WandaPrune(num_samples=12, skip=["2"])
+        callback = wanda(skip=["2"])
         validate_module(module, callback)
         assert [layer.name for layer in callback.report.layers] == ["0", "4"]
         assert share_of_zeros(module) == {**all_at(0.5), "layers.2.weight": 0.0}
@@ -95,7 +96,7 @@ class TestMeasuring:
     @pytest.mark.parametrize(("first", "when"), [("validate", {}), ("fit", {"at_step": 3})])
     def test_it_prunes_once(self, first, when):
         module = Net()
-        callback = WandaPrune(num_samples=12, **when)
+        callback = wanda(**when)
         run_loop(first, module, callback, max_steps=5)
         module.layers[0].weight.data[0].fill_(1)
         report = callback.report
@@ -138,9 +139,7 @@ class Diary(Net):
 class TestTraining:
     def test_prunes_before_the_first_step_and_after_the_sanity_check(self):
         module = Diary()
-        trainer(WandaPrune(num_samples=12), max_epochs=1, num_sanity_val_steps=1).fit(
-            module, loader(), loader()
-        )
+        trainer(wanda(), max_epochs=1, num_sanity_val_steps=1).fit(module, loader(), loader())
         assert module.sanity == [all_at(0.0)]
         assert [shares for shares, _ in module.steps] == [all_at(0.5)] * 3
 
@@ -152,10 +151,10 @@ class TestTraining:
                     self.layers.append(torch.nn.Linear(16, 16))
 
         module = Grown()
-        fit_module(module, WandaPrune(num_samples=12, at_step=4), max_epochs=2)
+        fit_module(module, wanda(at_step=4), max_epochs=2)
         assert share_of_zeros(module) == {**all_at(0.5), "layers.5.weight": 0.5}
 
-    @pytest.mark.parametrize("callback", [WandaPrune(num_samples=12), KeepZeros()])
+    @pytest.mark.parametrize("callback", [wanda(), KeepZeros()])
     def test_hooks_are_gone_after_an_error_in_training(self, callback):
         class Broken(Net):
             def training_step(self, batch, batch_idx):
@@ -178,7 +177,7 @@ class TestTraining:
             module = Diary()
             callbacks = []
             if prunes:
-                callbacks.append(WandaPrune(num_samples=12, dataloader=own, at_step=at_step))
+                callbacks.append(wanda(dataloader=own, at_step=at_step))
             fit_module(module, *callbacks, data=loader(shuffle=True), max_epochs=2)
             diaries.append(module)
         without, with_pruning = diaries
@@ -195,7 +194,7 @@ class TestTraining:
 def test_measuring_before_training_warns_and_sees_the_dense_model(loop, when):
     module = Net()
     dense = Net()
-    callback = WandaPrune(num_samples=12, **when)
+    callback = wanda(**when)
     with pytest.warns(
         UserWarning, match=r"prunes during training, by .*, so the model evaluated now is dense"
     ):
@@ -378,7 +377,7 @@ def test_ctrl_c_while_pruning_leaves_no_hooks():
     module = Interrupting()
     try:
         with pytest.raises(SystemExit) as stop:
-            validate_module(module, WandaPrune(num_samples=12))
+            validate_module(module, wanda())
     finally:
         signal.signal(signal.SIGINT, handler)
     assert isinstance(stop.value.__context__, KeyboardInterrupt)
@@ -392,12 +391,12 @@ def test_weights_that_became_nan_in_training_are_refused_before_one_is_pruned():
         module.layers[0].weight.data[0].fill_(torch.nan)[0]
     )
     with pytest.raises(ValueError, match=r"layers.0 has weights that are NaN or infinite"):
-        fit_module(module, WandaPrune(num_samples=12, at_step=3), max_steps=5)
+        fit_module(module, wanda(at_step=3), max_steps=5)
     assert share_of_zeros(module) == all_at(0.0)
 
 
 def test_a_callback_can_be_copied_and_pickled():
-    callback = WandaPrune(num_samples=12)
+    callback = wanda()
     validate_module(Net(), callback)
     assert deepcopy(callback).report == callback.report
     assert pickle.loads(pickle.dumps(callback)).report == callback.report
@@ -438,9 +437,7 @@ def test_a_layer_that_a_later_stage_does_not_reach_keeps_its_zeros():
 @pytest.mark.parametrize("when", [{"at_step": 2}, {"schedule": LinearSchedule(0, 40, every=10)}])
 def test_a_dry_run_prunes_before_the_first_step(when):
     module = Diary()
-    trainer(WandaPrune(0.75, num_samples=12, **when), fast_dev_run=2).fit(
-        module, loader(24), loader()
-    )
+    trainer(wanda(0.75, **when), fast_dev_run=2).fit(module, loader(24), loader())
     assert [shares for shares, _ in module.steps] == [all_at(0.75)] * 2
 
 
@@ -492,7 +489,7 @@ class TestMetrics:
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_progress_is_shown_only_if_the_trainer_shows_any(capfd, caplog, shown):
-    run = trainer(WandaPrune(num_samples=12), enable_progress_bar=shown)
+    run = trainer(wanda(), enable_progress_bar=shown)
     run.validate(Net(), loader(), verbose=False)
     assert ("Pruning 3/3 done" in capfd.readouterr().err) == shown
     assert ("WandaPrune: 3 layers" in caplog.text) == shown

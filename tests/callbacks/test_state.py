@@ -28,9 +28,11 @@ from support.callbacks import (
     state,
     to_quarters,
     trainer,
+    wanda,
     zeros,
 )
 from support.mlps import relu_mlp
+from support.pairwise import with_nightly
 from support.quiet import prune
 from timm.optim import Lion
 from torch import nn
@@ -86,11 +88,11 @@ class TestCheckpoints:
 
     def test_a_pruned_checkpoint_is_measured_as_it_is(self, tmp_path):
         module = Net()
-        fit = trainer(WandaPrune(num_samples=12), max_epochs=1)
+        fit = trainer(wanda(), max_epochs=1)
         fit.fit(module, loader())
         fit.save_checkpoint(tmp_path / "pruned.ckpt")
         loaded = Net()
-        run_loop("test", loaded, WandaPrune(num_samples=12), ckpt_path=tmp_path / "pruned.ckpt")
+        run_loop("test", loaded, wanda(), ckpt_path=tmp_path / "pruned.ckpt")
         assert same(loaded, module)
 
     def test_a_dense_checkpoint_is_pruned_when_training_goes_on(self, tmp_path):
@@ -98,9 +100,7 @@ class TestCheckpoints:
         fit.fit(Net(ADAMW), loader())
         fit.save_checkpoint(tmp_path / "dense.ckpt")
         module = Net(ADAMW)
-        fit_module(
-            module, WandaPrune(num_samples=12), max_epochs=2, ckpt_path=tmp_path / "dense.ckpt"
-        )
+        fit_module(module, wanda(), max_epochs=2, ckpt_path=tmp_path / "dense.ckpt")
         # Although the moments that were loaded are not zero there.
         assert share_of_zeros(module) == all_at(0.5)
 
@@ -160,16 +160,20 @@ def callbacks_of(options, *callbacks):
 )  # Lightning says how it resumes averages
 @pytest.mark.parametrize(
     ("optimizer", "when", "options"),
-    [
-        ("adamw", "at_step", "ema"),
-        pytest.param("adamw", "at_start", "clipping", marks=pytest.mark.nightly),
-        ("adamw", "not kept", "plain"),
-        ("momentum", "at_step", "bf16-mixed"),
-        ("momentum", "cubic", "ema first"),
-        pytest.param("sign", "at_start", "ema", marks=pytest.mark.nightly),
-        ("sign", "cubic", "accumulation"),
-        pytest.param("lion", "cubic", "bf16-true", marks=pytest.mark.nightly),
-    ],
+    with_nightly(
+        [
+            ("adamw", "at_step", "ema"),
+            ("adamw", "not kept", "plain"),
+            ("momentum", "at_step", "bf16-mixed"),
+            ("momentum", "cubic", "ema first"),
+            ("sign", "cubic", "accumulation"),
+        ],
+        [
+            ("adamw", "at_start", "clipping"),
+            ("sign", "at_start", "ema"),
+            ("lion", "cubic", "bf16-true"),
+        ],
+    ),
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, optimizer, when, options):
     choices, pruned_at = WHEN[when]
@@ -307,8 +311,8 @@ def test_a_checkpoint_that_is_written_after_an_exception(tmp_path, make):
 )
 def test_a_checkpoint_of_another_sparsity_or_pattern(tmp_path, loop, first, second, message):
     module = made("adamw")
-    fit_module(module, WandaPrune(num_samples=12, **first), SaveAt(tmp_path, 2), max_steps=2)
-    callback = WandaPrune(num_samples=12, **second)
+    fit_module(module, wanda(**first), SaveAt(tmp_path, 2), max_steps=2)
+    callback = wanda(**second)
     run = getattr(trainer(callback, max_steps=4), loop)
     with pytest.raises(ValueError, match=f"WandaPrune wrote with .*{message}"):
         run(made("adamw"), loader(), ckpt_path=tmp_path / "2.ckpt")

@@ -18,7 +18,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
-from wanda_lightning import Schedule
+from wanda_lightning import Schedule, WandaPrune
 
 # Starts of Lightning's advice that does not fit: workers would only slow down these tests, and some only train, for a
 # few steps.
@@ -99,6 +99,9 @@ def samples(count=12, seed=0, shift=0.0):
 def loader(count=12, batch_size=4, **kwargs):
     return DataLoader(samples(count), batch_size, **kwargs)
 
+
+# By all samples of `loader()`.
+wanda = partial(WandaPrune, num_samples=12)
 
 # Each Trainer would read the entry points of all installed packages anew.
 callback_connector._load_external_callbacks = cache(callback_connector._load_external_callbacks)
@@ -225,10 +228,10 @@ class TwoOptimizers(Net):
         return ADAMW(self.layers[:2].parameters()), SGD(self.layers[2:].parameters())
 
 
-def pruned_by_hand(weights, sparsity, **options):
+def pruned_by_hand(weights, sparsity, count=24, **options):
     module = Net()
     module.load_state_dict(weights)
-    prune(module, list(loader(24)), sparsity, **options)
+    prune(module, list(loader(count)), sparsity, **options)
     return module
 
 

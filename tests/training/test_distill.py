@@ -23,6 +23,7 @@ from support.refusals import refusal
 from support.zoo import ZOO, batches_of, model_of
 from torch import nn
 from torch.nn import functional as F
+from torch.optim import AdamW
 from torch.testing import assert_close
 
 from wanda_lightning import Distill, PruningReport
@@ -175,9 +176,9 @@ def test_held_out_samples_never_train(size):
     [(8, None, 14, 8), (4, None, 7, 8), (4, 1, 14, 4), (64, 9, 2, 512)],
 )
 def test_a_window_of_text_is_a_step(tokens, batch_size, steps, count, monkeypatch):
-    step = torch.optim.AdamW.step
+    step = AdamW.step
     taken = []
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *args: taken.append(step(*args)))
+    monkeypatch.setattr(AdamW, "step", lambda *args: taken.append(step(*args)))
     generator = rng(1)
     batches = [
         {"input_ids": torch.randint(3, 128, (4, tokens), generator=generator)} for _ in range(4)
@@ -319,7 +320,7 @@ def test_an_interruption_leaves_the_best_weights(monkeypatch, caplog):
     calls = []
     model = deepcopy(dense)
     start = deepcopy(dense)
-    step = torch.optim.AdamW.step
+    step = AdamW.step
     prune(start, batches, 0.5)
 
     def interrupted(self, *args, **kwargs):
@@ -328,7 +329,7 @@ def test_an_interruption_leaves_the_best_weights(monkeypatch, caplog):
             raise KeyboardInterrupt
         return step(self, *args, **kwargs)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    monkeypatch.setattr(AdamW, "step", interrupted)
     with pytest.raises(KeyboardInterrupt) as caught:
         prune(model, batches, 0.5, recovery=Distill(passes=3, batch_size=1))
     assert caught.value.__notes__[0].startswith("The model is pruned. It holds the best weights")
