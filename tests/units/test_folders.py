@@ -1,6 +1,5 @@
 """Folders of shrunk models load with their own library alone, and give the results of the model with zeros."""
 
-import copy
 import hashlib
 import json
 import shutil
@@ -130,7 +129,7 @@ def test_another_head_loads_from_the_folder_of_a_base_model(shrunk_language_mode
 def test_what_is_shrunk_in_memory_is_saved_by_transformers_alone(tmp_path):
     model = causal("llama").build()
     prune_units(model, [{"input_ids": IDS}], 0.4, allocation="fisher")
-    zeros = copy.deepcopy(model)
+    zeros = deepcopy(model)
     wl.shrink(model)
     assert isinstance(model, LlamaForCausalLM)
     model.save_pretrained(tmp_path)
