@@ -114,7 +114,7 @@ class DistillFromDense(Callback):
         """Move the dense model beside the network, and add to the loss of each step from now on."""
         teacher = self._teacher
         network = network_of(pl_module, self.network)
-        assert teacher
+        assert teacher is not None
 
         teacher.to(pl_module.device)
         dtypes = (_dtype_of(network), _dtype_of(teacher))
@@ -156,7 +156,7 @@ class DistillFromDense(Callback):
 
     def load_state_dict(self, state_dict: Kwargs) -> None:
         """Refuse the state of a run with other choices or another dense model."""
-        if self._teacher and state_dict != self.state_dict():
+        if self._teacher is not None and state_dict != self.state_dict():
             raise UserError(
                 f"dense, weight, temperature and network must be the same as in the checkpoint, which DistillFromDense "
                 f"wrote with {state_dict}, but they are {self.state_dict()}, where dense is a fingerprint of the "

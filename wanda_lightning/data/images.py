@@ -92,7 +92,9 @@ class ImageDataModule(L.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Open the images, find the transforms, and check that the classes fit the model."""
-        model = self.model or getattr(self.trainer, "lightning_module", None)
+        model = self.model
+        if model is None:
+            model = getattr(self.trainer, "lightning_module", None)
         if model is None:
             raise UserError(
                 "model must be given, since it decides on the transforms and no Trainer runs a model."
