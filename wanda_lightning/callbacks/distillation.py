@@ -35,9 +35,8 @@ from wanda_lightning.models import (
 )
 from wanda_lightning.parallel import local
 
-_SHARE_OF_ZEROS = (
-    0.01  # from which a layer seems pruned; weights in 16 bits have a few zeros by chance
-)
+# The share from which a layer seems pruned; weights in 16 bits have a few zeros by chance.
+_SHARE_OF_ZEROS = 0.01
 _FINGERPRINT_VALUES = 64  # of each tensor
 
 Dense = StrPath | nn.Module | None
