@@ -89,9 +89,8 @@ class WeightInterceptor(TorchFunctionMode):
         self.memory = WeightMemory(layers)  # empty if no weight can be recognized
         self._in_a_forward = False  # of a layer, which is one product as a whole
         self._products_seen = 0
-        self._steps_and_samples: tuple[int, int] | None = (
-            None  # steps and samples of what attention gets
-        )
+        # Numbers of steps and samples of what attention gets.
+        self._steps_and_samples: tuple[int, int] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function, or `on_product` if it is a product with a layer's matrix."""

@@ -219,7 +219,7 @@ def _parking(stops: Sequence[Stop]) -> Iterator[None]:
     with ExitStack() as restored:
         for index, stop in enumerate(stops):
             module = stop.module
-            assert module
+            assert module is not None
             # It would bypass the forward.
             restored.enter_context(patched(module, COMPILED_CALL, None))
             restored.enter_context(

@@ -282,7 +282,7 @@ class ModuleAttributes:
     def __init__(self, model: nn.Module | None) -> None:
         # Each module with a dictionary of its attributes, or of its buffers.
         self._places: list[tuple[nn.Module, Attributes]] = []
-        for module in model.modules() if model else ():
+        for module in model.modules() if model is not None else ():
             # Most modules are PyTorch's own, which set nothing in a forward pass.
             if not type(module).__module__.startswith("torch.nn."):
                 self._places.append((module, vars(module)))
@@ -324,7 +324,7 @@ class ModuleAttributes:
             self._first.append(batch)
         if batch not in self._first:
             return self._apart.values()
-        inside = {*module.modules()} if module else set()
+        inside = {*module.modules()} if module is not None else set()
         return [attributes for owner, attributes in self._places if owner not in inside]
 
     def _own_values(self, batch: Pass, change: Change) -> dict[Pass, Any] | None:

@@ -35,9 +35,8 @@ from wanda_lightning.models import (
 )
 from wanda_lightning.parallel import local
 
-_SHARE_OF_ZEROS = (
-    0.01  # from which a layer seems pruned; weights in 16 bits have a few zeros by chance
-)
+# The share from which a layer seems pruned; weights in 16 bits have a few zeros by chance.
+_SHARE_OF_ZEROS = 0.01
 _FINGERPRINT_VALUES = 64  # of each tensor
 
 Dense = StrPath | nn.Module | None
@@ -114,7 +113,7 @@ class DistillFromDense(Callback):
         """Move the dense model beside the network, and add to the loss of each step from now on."""
         teacher = self._teacher
         network = network_of(pl_module, self.network)
-        assert teacher
+        assert teacher is not None
 
         teacher.to(pl_module.device)
         dtypes = (_dtype_of(network), _dtype_of(teacher))
@@ -156,7 +155,7 @@ class DistillFromDense(Callback):
 
     def load_state_dict(self, state_dict: Kwargs) -> None:
         """Refuse the state of a run with other choices or another dense model."""
-        if self._teacher and state_dict != self.state_dict():
+        if self._teacher is not None and state_dict != self.state_dict():
             raise UserError(
                 f"dense, weight, temperature and network must be the same as in the checkpoint, which DistillFromDense "
                 f"wrote with {state_dict}, but they are {self.state_dict()}, where dense is a fingerprint of the "

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
 from wanda_lightning.common.float64 import widest
 
@@ -56,6 +57,6 @@ def _is_same(old: Tensor, new: Tensor, limit: float, share: float, dim: int | No
     if close.double().mean() <= share:  # the mean of no entries is NaN
         return False
 
-    norm = torch.linalg.vector_norm(difference, dim=dim)
-    scale = torch.linalg.vector_norm(old, dim=dim)
+    norm = vector_norm(difference, dim=dim)
+    scale = vector_norm(old, dim=dim)
     return bool((norm <= limit * scale).all())

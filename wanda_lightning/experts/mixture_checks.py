@@ -5,8 +5,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 
 from wanda_lightning.calibration.lockstep import Call
 from wanda_lightning.calibration.trees import tensors_within
@@ -135,7 +135,7 @@ def _same_but_for_ties(before: Sequence[Tensor], after: Sequence[Tensor]) -> boo
             continue
         old_rows = old.float().reshape(-1, old.shape[-1])
         new_rows = new.float().reshape(-1, new.shape[-1])
-        error = torch.linalg.vector_norm(old_rows - new_rows, dim=1)
-        is_same = error <= 8 * eps * torch.linalg.vector_norm(old_rows, dim=1)
+        error = vector_norm(old_rows - new_rows, dim=1)
+        is_same = error <= 8 * eps * vector_norm(old_rows, dim=1)
         shares.append(float(is_same.double().mean()))
     return min(shares, default=0.0) > _SAME

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 from torch.overrides import TorchFunctionMode
 
 from wanda_lightning.calibration.interception import PRODUCTS
@@ -166,7 +167,7 @@ def _routing(
         raise ValueError(f"its experts get {tuple(tokens.shape)} and no indices")
     inputs = tokens.unflatten(0, (mixture.number, -1))
     outputs = output.unflatten(0, (mixture.number, -1))
-    norms = torch.linalg.vector_norm(outputs.float(), dim=-1).T
+    norms = vector_norm(outputs.float(), dim=-1).T
     experts = torch.arange(mixture.number, device=tokens.device).expand_as(norms)
     return _Routing(inputs[0], experts, norms, inputs.any(dim=-1).T)
 
@@ -197,11 +198,11 @@ def _from_indices(
         keywords = {key: column(value, index) for key, value in kwargs.items()}
         added.append(experts.forward(*positional, **keywords))
 
-    error = torch.linalg.vector_norm((sum(added) - output).float())
-    size = torch.linalg.vector_norm(output.float())
+    error = vector_norm((sum(added) - output).float())
+    size = vector_norm(output.float())
     if error > _LARGEST_ERROR * size:  # False for NaN, which is refused later
         raise ValueError("its output is not the sum over the experts of a token")
-    norms = [torch.linalg.vector_norm(each.float(), dim=-1).flatten() for each in added]
+    norms = [vector_norm(each.float(), dim=-1).flatten() for each in added]
     return torch.stack(norms, dim=1)
 
 

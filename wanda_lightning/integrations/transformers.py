@@ -45,7 +45,7 @@ class KeepZerosCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     ) -> None:
         """Find the zeros and hold them."""
         _refuse_distributed_weights(args)
-        assert model, "transformers passes the model to every hook"
+        assert model is not None, "transformers passes the model to every hook"
         self._zeros.release()
         if state.global_step > 0:
             self._resume(state)

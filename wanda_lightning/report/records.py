@@ -176,9 +176,8 @@ class Layers(list[PrunedLayer]):
 class TrainingPass:
     """The mean losses of one pass over the calibration samples."""
 
-    loss: (
-        float | None
-    )  # of the samples that were trained on, each before its step; None before training
+    # Of the samples that were trained on, each before its step; None before training.
+    loss: float | None
     held_out: float | None  # of the held-out samples after the pass; None if none are held out
 
 

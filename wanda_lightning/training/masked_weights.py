@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.float64 import wide_dtype, widened
@@ -133,7 +134,7 @@ class MaskedWeights(AbstractContextManager["MaskedWeights"]):
 
     def fit(
         self,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         passes: Iterable[Iterable[Sequence[Any]]],
         held_out: Sequence[Any],
         loss: Loss,
@@ -176,7 +177,7 @@ class MaskedWeights(AbstractContextManager["MaskedWeights"]):
         """Return the loss of samples of all processes, or None if there are none."""
         return self._sum(loss(samples, None)) if samples else None
 
-    def step(self, optimizer: torch.optim.Optimizer, samples: Sequence[Any], loss: Loss) -> float:
+    def step(self, optimizer: Optimizer, samples: Sequence[Any], loss: Loss) -> float:
         """Take one optimizer step, and return the loss before it, summed over the samples of all processes.
 
         If the gradients overflow, they are computed again with a smaller scale, as no sample should be left out.

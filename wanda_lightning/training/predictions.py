@@ -166,7 +166,7 @@ def _target(sample: Sample, head: nn.Module | None) -> DenseTarget:
     """Return what the dense model predicts for a sample; as the inputs of the head if they are enough."""
     head_inputs = []
     hook: AbstractContextManager[object] = nullcontext()
-    if head:
+    if head is not None:
         hook = head.register_forward_pre_hook(lambda module, args: head_inputs.extend(args))
     with hook:
         output = sample.predict()
@@ -174,7 +174,7 @@ def _target(sample: Sample, head: nn.Module | None) -> DenseTarget:
     _refuse_unusable(predictions, sample)
     predictions = predictions.detach()
     # The inputs of the head are much smaller than the predictions, if there are many classes.
-    if head and len(head_inputs) == 1:
+    if head is not None and len(head_inputs) == 1:
         rows = rows_of(head_inputs[0].detach(), sample)
         # A few rows show whether the model changes the outputs of its head.
         part = slice(0, _ROWS_AT_ONCE)
