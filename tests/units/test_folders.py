@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     LlamaForCausalLM,
+    Qwen3MoeForCausalLM,
 )
 
 import wanda_lightning as wl
@@ -134,6 +135,17 @@ def test_what_is_shrunk_in_memory_is_saved_by_transformers_alone(tmp_path):
     assert isinstance(model, LlamaForCausalLM)
     model.save_pretrained(tmp_path)
     assert_loads_without_this_package(tmp_path, "llama by the loss", zeros)
+
+
+def test_a_folder_with_fewer_experts_is_an_ordinary_one(tmp_path):
+    model = causal("qwen3_moe").build().eval()
+    wl.prune(model, [{"input_ids": IDS}], 0.5, pattern="experts", progress=False)
+    wl.CausalLMModule(model).save_pretrained(tmp_path / "out")
+    assert not list(tmp_path.glob("out/*.py"))
+    loaded = Qwen3MoeForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert loaded.config.architectures == ["Qwen3MoeForCausalLM"]
+    assert loaded.config.num_experts == len(model.model.layers[0].mlp.experts.down_proj)
+    assert_close(loaded(IDS).logits, model(IDS).logits)
 
 
 def test_a_folder_of_version_0_3_loads(shrunk_language_model, tmp_path):

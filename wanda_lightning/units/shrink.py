@@ -77,7 +77,9 @@ class Shrunk:
             )
         if self.misfit:
             text += (
-                f" A saved folder loads with trust_remote_code=True only, because {self.misfit}."
+                f" A saved folder loads with trust_remote_code=True only, because {self.misfit}. Programs with their "
+                "own code for the family, such as MLX and llama.cpp, need one width that the configuration says: for "
+                "them, prune with allocation='uniform'."
             )
         if self.note:
             text += f" Note: {self.note}."
