@@ -116,3 +116,23 @@ def test_hidden_units_of_families_are_taken_out(kind, name, folder):
     assert result.folder == folder
     assert result.removed == result.zero
     assert (0 < result.removed < result.width) == (folder != NONE)
+
+
+# Whether vLLM and SGLang can build the model: the class lets them replace its attention.
+UNEVEN = {("causal", "llama"): True, ("causal", "bloom"): False}
+UNEVEN_AT_NIGHT = {
+    ("causal", "gpt2"): True,
+    ("causal", "qwen3_next"): False,
+    ("causal", "deepseek_v3"): None,  # its configuration says how many of its layers are dense
+    ("other", "BertForMaskedLM"): True,
+    ("other", "T5ForConditionalGeneration"): False,
+    ("other", "ViTForImageClassification"): True,
+    ("other", "LlavaForConditionalGeneration"): True,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "is_served"), with_nightly(rows(UNEVEN), rows(UNEVEN_AT_NIGHT))
+)
+def test_layers_with_widths_of_their_own_are_built_as_servers_build_them(kind, name, is_served):
+    assert families.check_uneven(of(kind, name)) is is_served
