@@ -1,6 +1,7 @@
 """Prune one small random model of every family in transformers and timm, check it, and write docs/models.md.
 
     PYTHONPATH=tests python benchmarks/families.py --only 'causal/qwen*' --resume families.json --write
+    PYTHONPATH=tests python benchmarks/families.py --uneven
 
 `tests/support/families.py` says what is checked.
 """
@@ -18,7 +19,15 @@ from pathlib import Path
 import torch
 import transformers as hf
 from measuring import run_from_shell
-from support.families import ORDINARY, OWN_FILE, Result, check, check_units, first_line
+from support.families import (
+    ORDINARY,
+    OWN_FILE,
+    Result,
+    check,
+    check_uneven,
+    check_units,
+    first_line,
+)
 from support.zoo import KINDS, CannotBuild, family, matching, names
 
 from wanda_lightning.report import versions
@@ -157,17 +166,43 @@ def examine(family):
     return result
 
 
+def examine_uneven(family):
+    """Return in a few words who builds the model of a folder whose layers differ in width."""
+    signal.signal(signal.SIGPROF, _out_of_time)
+    signal.setitimer(signal.ITIMER_PROF, 60 * MINUTES)
+    try:
+        answer = check_uneven(family)
+    except CannotBuild:
+        return "cannot be built here"
+    except Exception as error:
+        if "finds no hidden units" in str(error):
+            return "no hidden units found in other blocks than the last"
+        return first_line(error)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    if answer is None:
+        return "the configuration gives the widths"
+    return "transformers, vLLM and SGLang" if answer else "transformers"
+
+
 def _out_of_time(*_):
     raise TimeoutError(f"not finished in {MINUTES} minutes of processor time")
 
 
-def main(*, only: Sequence[str] = ("*",), resume: Path | None = None, write: bool = False) -> None:
+def main(
+    *,
+    only: Sequence[str] = ("*",),
+    resume: Path | None = None,
+    write: bool = False,
+    uneven: bool = False,
+) -> None:
     """Examine the chosen families, in a process that continues after a crash, and print the summary.
 
     Args:
         only: Patterns of families, by kind/name.
         resume: JSON file of results: families in it are not examined again.
         write: Write docs/models.md.
+        uneven: Instead, check folders whose layers differ in width, and count who builds their models.
     """
     warnings.simplefilter("ignore")
     hf.logging.set_verbosity_error()
@@ -185,6 +220,16 @@ def main(*, only: Sequence[str] = ("*",), resume: Path | None = None, write: boo
 
     families = {f"{kind}/{name}": (kind, name) for kind in KINDS for name in names(kind)}
     chosen = sorted(matching(families, only))
+    if uneven:
+        answers = {}
+        for key in chosen:
+            if not key.startswith("timm/"):
+                answers[key] = examine_uneven(family(*families[key]))
+                print(key, answers[key], sep=": ", flush=True)
+        for answer, number in Counter(answers.values()).most_common():
+            print(number, answer)
+        return
+
     for key in chosen:
         if key not in results:
             specimen = family(*families[key])
