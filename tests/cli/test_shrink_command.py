@@ -96,7 +96,7 @@ def test_prune_from_disk_saves_the_smaller_model(text, structured, tmp_path, mon
     command = [*text, *STRUCTURED, *saving]
     with monkeypatch.context() as patched:
         patched.setattr(
-            "wanda_lightning.streaming.shrinking_from_disk.write_modeling_file",
+            "wanda_lightning.streaming.shrinking_from_disk.refuse_unloadable",
             lambda *_: signal.raise_signal(signal.SIGINT),
         )
         assert run(*command) != 0
