@@ -30,7 +30,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 from rich.console import Console
@@ -98,9 +98,9 @@ class Cell:
         folder = out / self.path
         output = folder / "output.txt"
         folder.mkdir(parents=True, exist_ok=True)
-        output.write_text("", encoding="utf-8")
         started = time.perf_counter()
-        status = launch(self.command(out), output)
+        with output.open("w", encoding="utf-8") as file:
+            status = launch(self.command(out), file)
         if status == 130:  # only the command received Ctrl-C
             raise KeyboardInterrupt
         if status:
@@ -123,13 +123,11 @@ class Cell:
         return record
 
 
-def launch(command: Sequence[str], output: Path) -> int:
-    """Run `wanda-lightning` in a process of its own, append what it prints to a file, and return its exit status."""
-    with output.open("a", encoding="utf-8") as file:
-        print("$", shlex.join(["wanda-lightning", *command]), file=file, flush=True)
-        process = [sys.executable, "-m", "wanda_lightning", *command]
-        done = subprocess.run(process, stdout=file, stderr=subprocess.STDOUT, check=False)
-    return done.returncode
+def launch(command: Sequence[str], output: TextIO) -> int:
+    """Run `wanda-lightning` in a process of its own, write what it prints to a file, and return its exit status."""
+    print("$", shlex.join(["wanda-lightning", *command]), file=output, flush=True)
+    process = [sys.executable, "-m", "wanda_lightning", *command]
+    return subprocess.run(process, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
 
 
 def read_cells(

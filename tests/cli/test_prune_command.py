@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 from dataclasses import replace
+from datetime import date, timedelta
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,7 @@ def test_the_report_describes_the_run(inputs, method, pattern):
         data=f"{inputs}/other.txt, 6 windows of {SEQLEN} tokens",
         calibration=calibration if reads_data else "",
         costs=report.run.costs,
+        date=report.run.date,
     )
     program, command, *arguments = shlex.split(report.run.command)
     assert (program, command) == ("wanda-lightning", "prune")
@@ -117,6 +119,7 @@ def test_a_run_says_what_it_found_and_writes_nothing_else(inputs, tmp_path, caps
     out, err = capsys.readouterr()
     measured = report_in("out/logs").run
     assert f" from {measured.before:,.2f} to {measured.after:,.2f}." in out
+    assert date.today() - date.fromisoformat(measured.date) <= timedelta(days=1)
     assert "Pruning 2/2 done" in err
     assert sorted(os.listdir(tmp_path)) == ["llm_weights", "out"]
     assert sorted(os.listdir("out/logs")) == ["log_wanda.txt", "pruning_report.json"]
@@ -207,6 +210,7 @@ def test_an_image_classifier(inputs, images, capsys, name, method, group):
         data=f"{inputs}/images, 8 images",
         calibration="" if method == "magnitude" else f"{inputs}/images, 6 images, seed 0",
         costs=report.run.costs,
+        date=report.run.date,
     )
 
     pruned = timm.create_model("local-dir:out/model", pretrained=True)

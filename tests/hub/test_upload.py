@@ -4,7 +4,7 @@ import pytest
 from huggingface_hub import constants
 from support.hub import hub as hub
 
-from wanda_lightning.hub.upload import refuse_upload, upload
+from wanda_lightning.hub.upload import list_files, refuse_upload, upload
 
 FILES = {
     "config.json": b"{}",
@@ -30,14 +30,16 @@ def test_only_the_files_of_the_model_are_uploaded(hub, folder):
     assert hub.repositories == {"us/tiny": {**FILES, "adapter[1].json": b"/home/me"}}
 
 
-def test_an_upload_replaces_weights_of_another_model(hub, folder):
-    old = dict.fromkeys(
-        ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json"], b"old"
-    )
+def test_an_upload_replaces_weights_and_results_of_another_model(hub, folder):
+    weights = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json"]
+    old = dict.fromkeys([*weights, ".eval_results/wanda_lightning_c4.yaml"], b"old")
     others = {"LICENSE": b"mine", "adapter_model.safetensors": b"adapters"}
     hub.repositories["us/other"] = old | others
-    upload(folder, "us/other", FILES)
-    assert hub.repositories["us/other"] == {**others, **FILES}
+    new = ".eval_results/wanda_lightning_boolq.yaml"
+    (folder / new).parent.mkdir()
+    (folder / new).write_bytes(b"[]")
+    upload(folder, "us/other", list_files(folder))
+    assert hub.repositories["us/other"] == {**others, **FILES, new: b"[]"}
 
 
 def test_a_refused_upload_says_how_to_repeat_it(hub, folder, monkeypatch):

@@ -1,41 +1,25 @@
 """The paper's tables as sweeps: the YAML files, what runs and what does not run again, what stands beside what."""
 
-import contextlib
-import importlib.util
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 from support.cli import IGNORED_WARNINGS
+from support.recipes import RECIPES, in_this_process, script
 from support.reports import read_json
 
 from wanda_lightning import cli
 
 pytestmark = IGNORED_WARNINGS
 
-PAPER = Path(__file__).parents[2] / "recipes" / "paper"
+PAPER = RECIPES / "paper"
 FAMILIES = sorted(PAPER.glob("*.yaml"))
-
-spec = importlib.util.spec_from_file_location("paper_run", PAPER / "run.py")
-sweep = importlib.util.module_from_spec(spec)
-sys.modules["paper_run"] = sweep
-spec.loader.exec_module(sweep)
+sweep = script("paper/run")
 
 
 @pytest.fixture(autouse=True)
 def launch(monkeypatch):
-    """The commands of cells run in this process, which is faster."""
-
-    def in_this_process(command, output):
-        with (
-            output.open("a") as file,
-            contextlib.redirect_stdout(file),
-            contextlib.redirect_stderr(file),
-        ):
-            return cli.main(list(command))
-
     monkeypatch.setattr(sweep, "launch", in_this_process)
 
 

@@ -29,13 +29,14 @@ from wanda_lightning.models import find_layers
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*/*.yaml"))
 SCRIPTS = sorted((ROOT / "recipes").glob("*/*.py"))
+COLLECTION = sorted((ROOT / "recipes").glob("collection.*"))
 
 
 def name(path):
     return path.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("path", [*RECIPES, *SCRIPTS], ids=name)
+@pytest.mark.parametrize("path", [*RECIPES, *SCRIPTS, *COLLECTION], ids=name)
 def test_a_recipe_opens_with_command_cost_and_result(path):
     text = path.read_text()
     if path.suffix == ".py":

@@ -60,7 +60,7 @@ def prune(
     session: Session = Session(),
 ) -> None:
     """Prune a language model or an image classifier, and measure it before and after."""
-    _refuse(model, pruning, data, results)
+    refuse(model, pruning, data, results)
     config = PruningConfig.from_names(**pruning.choices)  # which imports torch
     from wanda_lightning.cli import prune_command
 
@@ -77,7 +77,7 @@ def shrink(
 
     Without --save_model, what could be taken out is only shown.
     """
-    _refuse(model, results)
+    refuse(model, results)
     from wanda_lightning.cli import shrink_command
 
     shrink_command.shrink(model, results)
@@ -91,7 +91,7 @@ def evaluate(
     session: Session = Session(),
 ) -> None:
     """Measure models side by side: perplexity and zero-shot tasks, or accuracy on images; and sparsity."""
-    _refuse(models, data, results)
+    refuse(models, data, results)
     if len(models.checkpoint) not in (0, len(models.model)):
         raise UserError(
             f"--checkpoint must have one file for each --model, but it has {len(models.checkpoint)}."
@@ -108,7 +108,7 @@ def inspect(
     session: Session = Session(),
 ) -> None:
     """Show what prune would prune, what not, and why. No weight is loaded."""
-    _refuse(model)
+    refuse(model)
     config = PruningConfig.from_names(**pruning.choices)
     from wanda_lightning.cli import inspect_command
 
@@ -126,7 +126,7 @@ def _run_lightning() -> None:
     """
 
 
-def _refuse(models: Model, *groups: object) -> None:
+def refuse(models: Model, *groups: object) -> None:
     """Refuse options that would be ignored, models and images that do not exist, and places that cannot be written.
 
     Contradictions between choices are refused by `PruningConfig`, and unknown texts where options are read.

@@ -9,6 +9,7 @@ import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,7 @@ def _circumstances(
         calibration=calibration,
         costs=_costs(done, options.results.save_model, is_smaller),
         samples=tuple(map(Continuations, PROMPTS, done.dense.texts, done.pruned.texts)),
+        date=datetime.now(UTC).date().isoformat(),
     )
     if not done.dense.metrics:
         return run

@@ -1,4 +1,4 @@
-"""The model card of a pruned model: method, results, and code that loads the model."""
+"""The model card of a pruned model: method, results, and code that loads the model; its results for the hub."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 from wanda_lightning.common import wording
 from wanda_lightning.common.aliases import StrPath
 from wanda_lightning.common.atomic_write import atomic_write
+from wanda_lightning.hub.upload import RESULT_FILES
 from wanda_lightning.report import Circumstances, PruningReport, descriptions
-from wanda_lightning.report.descriptions import METRICS, TOP1
+from wanda_lightning.report.descriptions import METRICS, PERPLEXITY, TOP1
 from wanda_lightning.report.records import as_json, from_parsed
 
 PICTURE_NAME = "pruning_report.png"
@@ -23,6 +25,19 @@ _MARK = (
     "<!-- Written by wanda_lightning, which may replace this file as long as it has this line. -->"
 )
 _FOLDERS = re.compile(r"(?<![\w./~-])~?/(?:[^\s,'\"/]+/)*(?=[^\s,'\"/])")  # of absolute paths
+_TEXT_FILES = (".txt", ".jsonl", ".parquet")
+# The id on the hub and the configuration of a text of this package or a task of lm-eval.
+_DATA_SETS = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
+    "c4": ("allenai/c4", "en"),
+    "boolq": ("aps/super_glue", "boolq"),
+    "rte": ("nyu-mll/glue", "rte"),
+    "hellaswag": ("Rowan/hellaswag", "default"),
+    "winogrande": ("allenai/winogrande", "winogrande_xl"),
+    "arc_easy": ("allenai/ai2_arc", "ARC-Easy"),
+    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge"),
+    "openbookqa": ("allenai/openbookqa", "main"),
+}
 
 
 def write_card(
@@ -35,9 +50,10 @@ def write_card(
 ) -> None:
     """Write the model card, and a picture if matplotlib is installed, into the folder of a saved model.
 
-    A README.md that this function did not write is not replaced. Folders of this machine are left out. The model is
-    loaded by `name`, a path or an id on the hub. `trained_steps` is the number of optimizer steps of the run that
-    pruned the model.
+    Results on data sets of the hub are also written in the hub's own format, into `.eval_results`. Beside a README.md
+    that this function did not write, nothing is written. Folders of this machine are left out. The model is loaded by
+    `name`, a path or an id on the hub. `trained_steps` is the number of optimizer steps of the run that pruned the
+    model.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -51,7 +67,7 @@ def write_card(
     full_run = report.run or Circumstances()
     run = _without_folders(full_run)
     report = replace(report, run=run)
-    base = _base_on_hub(full_run.model)
+    base = _id_on_hub(full_run.model.removeprefix("timm:").removeprefix("hf-hub:"))
     library, task, code = _loading(folder / "config.json", name, on_hub)
     served = [name]
     if "trust_remote_code" in code:
@@ -106,6 +122,43 @@ def write_card(
     with atomic_write(path) as temporary:
         temporary.write_text(f"{card}\n", encoding="utf-8")
 
+    if run.metric == TOP1.name or report.config.get("command", {}).get("tasks_dir"):
+        # Images and the documents of these tasks are files, which may differ from any data set on the hub.
+        results = [result for result in results if result.metric_type == PERPLEXITY.on_hub]
+    source = f"https://huggingface.co/{name}" if on_hub else None
+    _write_for_hub(folder, results, run.date, source)
+
+
+def _write_for_hub(folder: Path, results: Sequence[Any], date: str, source: str | None) -> None:
+    """Write a file for each result on a data set of the hub. The format has no place for results on other data.
+
+    It asks for the name of a task, which only the hub's benchmarks have. Here, it is the configuration of the data set.
+    """
+    import yaml
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+
+    for result in results:
+        data = result.dataset_type
+        own_id = _id_on_hub(data)
+        dataset, task = _DATA_SETS.get(data, (own_id, "default"))
+        if dataset is None or data.endswith(_TEXT_FILES):
+            continue
+
+        setup = result.dataset_name.removeprefix(data) or ", zero-shot"
+        entry = EvalResultEntry(
+            dataset,
+            task,
+            result.metric_value,
+            date=date or None,
+            source_url=source,
+            notes=f"{result.metric_type}{setup}",
+        )
+        # A file with an error is left out as a whole, so each result has its own.
+        path = folder / RESULT_FILES.replace("*", data.replace("/", "_"))
+        with atomic_write(path) as temporary:
+            content = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+            temporary.write_text(content, encoding="utf-8")
+
 
 def _without_folders(run: Circumstances) -> Circumstances:
     """Return a run without the folders of this machine, and without results that are not finite."""
@@ -115,11 +168,10 @@ def _without_folders(run: Circumstances) -> Circumstances:
     return replace(from_parsed(Circumstances, json.loads(text)), samples=run.samples)
 
 
-def _base_on_hub(model: str) -> str | None:
-    """Return the id on the hub of the model that was pruned; None if its name is not such an id."""
-    base = model.removeprefix("timm:").removeprefix("hf-hub:")
-    is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base)
-    return base if is_id and not Path(base).exists() else None
+def _id_on_hub(name: str) -> str | None:
+    """Return a name that is the id of a model or a data set on the hub; None for any other."""
+    is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)
+    return name if is_id and not Path(name).exists() else None
 
 
 def _results(run: Circumstances) -> tuple[list[tuple[str, str, str]], list[Any]]:

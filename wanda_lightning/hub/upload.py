@@ -13,6 +13,9 @@ from wanda_lightning.common.atomic_write import list_entries, resolve_path
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.wording import one_line
 
+# Files for the hub's pages and leaderboards, one for each data set; * stands for its name.
+RESULT_FILES = ".eval_results/wanda_lightning_*.yaml"
+
 
 def refuse_upload(repo_id: str, private: bool = False) -> None:
     """Refuse an upload that cannot succeed; `private` connects to the hub to refuse a public repository."""
@@ -40,7 +43,8 @@ def upload(folder: StrPath, repo_id: str, files: Collection[str], private: bool 
     """Upload files of a folder to a model repository, in one commit, and return its address.
 
     A repository that does not exist is created. Weights of another model in the repository are deleted, because they
-    might be loaded instead. Any failure is an OSError that names the command that uploads the files later.
+    might be loaded instead, and so are its results. Any failure is an OSError that names the command that uploads the
+    files later.
     """
     from huggingface_hub import HfApi
 
@@ -54,7 +58,11 @@ def upload(folder: StrPath, repo_id: str, files: Collection[str], private: bool 
             folder_path=os.fspath(folder),
             allow_patterns=list(map(escape, files)),
             commit_message="Upload pruned model with wanda_lightning",
-            delete_patterns=["model*.safetensors", "model*.safetensors.index.json"],
+            delete_patterns=[
+                "model*.safetensors",
+                "model*.safetensors.index.json",
+                RESULT_FILES,
+            ],
         )
     except UserError as error:
         raise OSError(
@@ -74,7 +82,10 @@ def upload(folder: StrPath, repo_id: str, files: Collection[str], private: bool 
 
 
 def list_files(folder: StrPath) -> list[str]:
-    """Return the names of the files of a model in a folder, relative to it and with slashes, except hidden ones."""
+    """Return the names of the files of a model in a folder, relative to it and with slashes, except hidden files.
+
+    Those in a hidden folder such as `.eval_results` belong to the model.
+    """
     root = resolve_path(folder)
     names = []
     for entry in list_entries(root):

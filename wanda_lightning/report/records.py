@@ -249,6 +249,7 @@ class Circumstances:
     # Metrics of the pruned model, by zero-shot task.
     zero_shot: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     samples: tuple[Continuations, ...] = ()  # text by both models
+    date: str = ""  # on which both models were measured, as in ISO 8601
 
     @property
     def results(self) -> tuple[Measured, ...]:
