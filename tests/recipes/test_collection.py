@@ -105,7 +105,7 @@ def test_a_finished_model_is_replaced_only_if_that_is_asked_for(run, launched, c
     ("option", "value", "message"),
     [
         ("model", "no/such/folder", "second: The model no/such/folder does not exist"),
-        ("sparsity", "2", "second: sparsity must be"),
+        ("sparsity", "2", "second: sparsity (0.02 for 2 %) must be"),
         ("patern", "2:4", "second: Unknown option"),
         ("save", "here", "second: save must be left out"),
         ("private", "yes", "second: private must be true or false, but it is 'yes'"),
