@@ -1,15 +1,18 @@
 """Attributes of a configuration are found by the shapes that they give."""
 
 from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
 import transformers as hf
+from support.quiet import prune
 from support.tiny import tiny
-from support.zoo import model_of
+from support.zoo import batches_of, model_of
 from torch import nn
 
-from wanda_lightning.units.fit_configuration import fit_configuration
+from wanda_lightning import Structured, shrink
+from wanda_lightning.units.fit_configuration import auto_classes, fit_configuration
 
 
 def reshaped(model_class, config, new):
@@ -63,3 +66,22 @@ def test_shapes_that_no_attribute_gives():
     undo()
     assert misfit == "no configuration of MixtralForCausalLM gives the new numbers (3)"
     assert model.config.to_dict() == before
+
+
+def test_a_model_whose_widths_become_equal_is_of_its_family_again():
+    model = model_of("llama")
+    batches = batches_of("llama")
+    halves = partial(prune, model, batches, 0.5, pattern=Structured(multiple_of=1))
+    halves(skip="model.layers.0.*")
+    shrink(model)
+    assert type(model).__name__ == "ShrunkLlamaForCausalLM"
+    halves(only="model.layers.0.*")
+    shrink(model)
+    assert type(model) is hf.LlamaForCausalLM
+    assert not hasattr(model.config, "auto_map")
+
+
+def test_the_class_of_the_model_is_named_where_an_auto_class_loads_several():
+    names = auto_classes(hf.FunnelBaseModel, hf.FunnelConfig())
+    assert names["AutoModel"] == "FunnelBaseModel"
+    assert names["AutoModelForMaskedLM"] == "FunnelForMaskedLM"
