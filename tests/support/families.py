@@ -25,6 +25,7 @@ from pathlib import Path
 import timm
 import torch
 import transformers as hf
+from support.disk import weights
 from support.quiet import prune
 from support.zoo import CannotBuild, cast, matrices, outputs, without_cache
 from torch import Tensor, nn
@@ -491,14 +492,16 @@ def check_uneven(family):
     *_, last = [stop.name for stop in find_layers(model).stops if stop.is_block]
     prune(model, batches, 0.25, pattern=Structured(multiple_of=1), skip=[f"{last}.*"])
     expected = [_floats(deepcopy(model), batch, False) for batch in batches]
-    shrink(model, batches[0])
 
     with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(f"{folder}/dense")
+        shrink(model, batches[0])
         path = Path(folder) / re.sub(r"\W", "_", family.name)
         loaded, form = _transformers_folder(model, path)
         if form == ORDINARY:
             return None
         _assert_same(loaded, batches, expected, False)
+        assert weights(path).keys() == weights(Path(folder) / "dense").keys()
         config = hf.AutoConfig.from_pretrained(path, trust_remote_code=True)
         (architecture,) = config.architectures
         assert not hasattr(hf, architecture)
