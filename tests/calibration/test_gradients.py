@@ -12,6 +12,7 @@ from support.zoo import ZOO, batches_of, cast, model_of
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
+from transformers import BertConfig, BertModel
 
 from wanda_lightning import Fisher
 
@@ -68,6 +69,44 @@ def test_the_sums_are_those_of_autograd():
         assert_close(sums[name].inputs, value)
         assert_close(sums[name].rows, rows[name])
         assert_close(sums[name].row_weights(), rows[name] / rows[name].mean())
+
+
+class Normalized(Residual):
+    def forward(self, x):
+        return F.normalize(super().forward(x))
+
+
+def test_vectors_have_normal_directions_instead_of_labels():
+    model = Normalized()
+    x = torch.randn(6, 5)
+    inner = model.first(x)
+    vectors = F.normalize(model.second((x + inner).relu()))
+    generators = [torch.Generator().manual_seed(index) for index in range(6)]
+    directions = torch.stack([torch.randn(4, generator=generator) for generator in generators])
+    (slopes,) = torch.autograd.grad(vectors, inner, directions)
+
+    sums = gradients(model, [x])
+
+    assert_close(sums["first"].inputs, (x**2).t() @ slopes.square().mean(dim=1))
+
+
+def test_a_model_without_a_head_predicts_vectors():
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
+    ids = torch.randint(50, (4, 8))
+    report = prune(BertModel(config), [{"input_ids": ids}], 0.5, allocation="fisher")
+    assert len({layer.sparsity for layer in report.layers}) > 2
+
+
+def test_a_single_column_is_a_number_and_no_class():
+    model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 1))
+    sums = gradients(model, [torch.randn(6, 5)])
+    assert sums["0"].inputs.any()
 
 
 SAMPLED = [
@@ -187,9 +226,9 @@ def test_samples_with_one_prediction_share_a_pass_and_fill_up_to_the_minimum(siz
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (id, "without logits of two or more classes that depend"),
-        (torch.sum, "without logits of two or more classes that depend"),
-        (torch.detach, "without logits of two or more classes that depend"),
+        (id, "without logits or vectors that depend"),
+        (torch.sum, "without logits or vectors that depend"),
+        (torch.detach, "without logits or vectors that depend"),
         (
             lambda logits: logits * torch.inf,
             "finite predictions, but those of batch 0 (counted from 0) hold NaN",

@@ -9,6 +9,7 @@ from support.layers import assert_same
 from support.tiny import on_meta
 from support.zoo import ZOO, model_of
 from torch import nn
+from torch.nn import functional as F
 
 from wanda_lightning import ImageClassifierModule
 from wanda_lightning.models import fitting_mask, has_classes, reads_images, token_masks
@@ -68,6 +69,11 @@ def test_image_models_are_recognized_in_wrappers_and_by_their_modules():
         ({"logits": torch.zeros(2, 5, 4, 4)}, True),
         ({"logits": torch.zeros(2, 1, 4, 4)}, False),
         ({"out": torch.zeros(2, 5, 4, 4), "aux": torch.zeros(2, 3, 4, 4)}, True),
+        (F.normalize(torch.randn(4, 5)), False),
+        (F.normalize(torch.randn(4, 5)).bfloat16(), False),
+        ({"logits": F.normalize(torch.randn(4, 5))}, True),
+        ({"last_hidden_state": torch.zeros(2, 3, 5)}, False),
+        ((torch.zeros(2, 5), torch.zeros(2, 3)), True),
         ({"boxes": torch.zeros(2, 4)}, False),
         ([{"boxes": torch.zeros(2, 4)}], False),
     ],

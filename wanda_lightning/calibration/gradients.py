@@ -17,7 +17,7 @@ from wanda_lightning.calibration.samples import Sample, Samples, fit_together
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.allocation import GradientLimit
 from wanda_lightning.core.statistics import GradientStatistics
-from wanda_lightning.models import Layer, find_predictions, fitting_mask
+from wanda_lightning.models import Layer, find_predictions, fitting_mask, has_vectors
 
 Tick = Callable[[int | None], None]
 
@@ -33,11 +33,16 @@ def gradient_statistics(
 ) -> dict[str, GradientStatistics]:
     """Sum squared inputs and gradients of each layer over the tokens.
 
-    The gradient is that of `log p(y)` with respect to the layer's outputs. The label y is drawn from the model's own
-    predictions p, so the sums estimate the Fisher information. The classes are in the last dimension of the logits, or
-    in dimension 1 if they have four or more, as in segmentation. The label of a sample depends on its index in the
-    calibration data and on its predictions, but not on its batch or process. Each sample has its own backward pass, in
-    which blocks are recomputed. Up to 32 samples with one prediction each, such as images, share a pass.
+    The gradient is that of `log p(y)` with respect to the layer's outputs. The target y is drawn from the model's own
+    predictions p, so the sums estimate the Fisher information. Logits predict a distribution of classes, which are in
+    their last dimension, or in dimension 1 if they have four or more, as in segmentation. Vectors z, such as
+    embeddings, predict a normal distribution N(z, I), whose Fisher information is that of the squared error: the
+    gradient at z is a standard normal direction, and the sums estimate J^T J (Martens 2020, "New insights and
+    perspectives on the natural gradient method", section 9.2). `has_vectors` says which of the two an output is.
+
+    The target of a sample depends on its index in the calibration data and on its predictions, but not on its batch or
+    process. Each sample has its own backward pass, in which blocks are recomputed. Up to 32 samples with one prediction
+    each, such as images, share a pass.
 
     After each batch, `tick` receives an estimate of the number of batches left, assuming that they are as large as this
     one, or None if there is no limit. `limit` is the number of samples over all processes, batch i of all processes
@@ -45,7 +50,7 @@ def gradient_statistics(
     scored. The result holds the layers that a batch reached.
 
     Raises:
-        ValueError: If a pass returns no logits, predictions or gradients hold NaN or infinity, or all gradients are 0.
+        ValueError: If a pass returns no predictions, if they or gradients hold NaN or infinity, or all gradients are 0.
     """
     sums = _Sums(layers, columns)
     passes = _BackwardPasses(samples, limit)
@@ -188,62 +193,72 @@ class _BackwardPasses:
         return predictions
 
 
-# ---- the gradient of the logits
+# ---- the gradient of the predictions
 
 
 def _objective(sample: Sample, first: int, count: int) -> tuple[Tensor, int]:
-    """Return a number whose gradient with respect to the logits is that of `-log p(y)`: `p - onehot(y)`.
+    """Return a number whose gradient with respect to the predictions is that of `-log p(y)`.
 
-    The gradient is computed by hand, because cross entropy would hold three more tensors of this size. The logits are
-    freed when this returns, and the gradient after the backward pass of the output head.
+    It is `p - onehot(y)` for logits, and `z - y` for vectors. It is computed by hand, because cross entropy would hold
+    three more tensors of this size. The predictions are freed when this returns, and the gradient after the backward
+    pass of the output head.
 
-    The seed of a label is the index of its sample in the calibration data; `first` is that of the first sample. Only
+    The seed of a target is the index of its sample in the calibration data; `first` is that of the first sample. Only
     the first `count` samples have a gradient that is not 0. Also return how many predictions each sample has, including
     those of padding.
     """
-    logits, keep = _predict(sample)
-    gradient = torch.zeros_like(logits)
+    output = sample.predict()
+    predictions, keep = _checked_predictions(output, sample)
+    fill_gradient = _fill_for_vectors if has_vectors(output) else _fill_for_classes
+    gradient = torch.zeros_like(predictions)
     # More than 1 if the first dimension is not that of samples.
-    length = max(1, len(logits) // sample.size)
+    length = max(1, len(predictions) // sample.size)
     for index in range(count):
         rows = slice(index * length, (index + 1) * length)
         keep_of_sample = None if keep is None else keep[rows]
-        _fill_gradient(gradient[rows], logits[rows].detach(), keep_of_sample, first + index)
-    objective = _WithGradient.apply(logits, gradient)  # type: ignore[no-untyped-call]
-    return objective, max(1, logits[..., 0].numel() // sample.size)
+        fill_gradient(gradient[rows], predictions[rows].detach(), keep_of_sample, first + index)
+    objective = _WithGradient.apply(predictions, gradient)  # type: ignore[no-untyped-call]
+    return objective, max(1, predictions[..., 0].numel() // sample.size)
 
 
-def _predict(sample: Sample) -> tuple[Tensor, Tensor | None]:
-    """Return the logits of a sample and which of their rows are not padding; refuse those that have no gradient."""
-    output = sample.predict()
-    logits = find_predictions(output)
-    if logits is None or not logits.requires_grad or logits.shape[-1] < 2:
-        shape = "" if logits is None else f" of shape {tuple(logits.shape)}"
+def _checked_predictions(output: object, sample: Sample) -> tuple[Tensor, Tensor | None]:
+    """Return the predictions of a sample and which rows are not padding; refuse those that have no gradient."""
+    predictions = find_predictions(output)
+    if predictions is None or not predictions.requires_grad:
+        shape = "" if predictions is None else f" of shape {tuple(predictions.shape)}"
         raise UserError(
             f"forward must return predictions, since gradients are read, but a batch gave {type(output).__name__}"
-            f"{shape} without logits of two or more classes that depend on the pruned layers. Let forward= (or "
-            "calibration_step) return the logits, or choose allocation='uniform' and pattern='unstructured_layer', "
-            "which read no gradients."
+            f"{shape} without logits or vectors that depend on the pruned layers. Let forward= (or calibration_step) "
+            "return them, with one row for each sample or token, or choose allocation='uniform' and "
+            "pattern='unstructured_layer', which read no gradients."
         )
 
     keep = None
-    predictions = logits
+    counted = predictions
     # The name selects the mask of the whole model, not that of its encoder.
-    mask = fitting_mask(sample.masks, "", logits)
+    mask = fitting_mask(sample.masks, "", predictions)
     if mask:
-        keep = mask.keep.to(logits.device)
-        logits = logits.reshape(*keep.shape, -1)
-        predictions = logits[keep]
-    if not predictions.isfinite().all():
+        keep = mask.keep.to(predictions.device)
+        predictions = predictions.reshape(*keep.shape, -1)
+        counted = predictions[keep]
+    if not counted.isfinite().all():
         raise UserError(
             "calibration batches must give finite predictions, but those of batch "
             f"{sample.batch_index} (counted from 0) hold NaN or infinity. Check that batch, or load the model in a "
             "wider dtype (float32 or bfloat16 rather than float16)."
         )
-    return logits, keep
+    return predictions, keep
 
 
-def _fill_gradient(gradient: Tensor, logits: Tensor, keep: Tensor | None, seed: int) -> None:
+def _fill_for_vectors(gradient: Tensor, vectors: Tensor, keep: Tensor | None, seed: int) -> None:
+    """Write `z - y` of one sample into its gradient, where `y` is drawn from N(z, I): a standard normal direction."""
+    generator = torch.Generator(vectors.device).manual_seed(seed)
+    gradient.normal_(generator=generator)
+    if keep is not None:
+        gradient[~keep] = 0
+
+
+def _fill_for_classes(gradient: Tensor, logits: Tensor, keep: Tensor | None, seed: int) -> None:
     """Write `p - onehot(y)` of one sample into its gradient; labels y are drawn for the rows that are kept."""
     predictions = logits if keep is None else logits[keep]
     slopes = predictions.reshape(-1, predictions.shape[-1]).float().softmax(dim=-1)

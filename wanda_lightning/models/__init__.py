@@ -25,6 +25,7 @@ from wanda_lightning.models.task import (
     check_tokens as check_tokens,
     find_predictions as find_predictions,
     has_classes as has_classes,
+    has_vectors as has_vectors,
     own_head as own_head,
     reads_images as reads_images,
 )

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from wanda_lightning.common.errors import UserError
@@ -24,35 +25,64 @@ def reads_images(model: nn.Module) -> bool:
 
 
 def find_predictions(output: object) -> Tensor | None:
-    """Return the logits of an output, or the output if it is a tensor, with the classes in the last dimension.
+    """Return the logits of an output, or else its vectors, such as embeddings; the output itself if it is a tensor.
 
-    In a mapping, the logits are named `logits`, or `out` as by torchvision's segmentation models. If there are four or
-    more dimensions, as in (samples, classes, height, width), the classes are in dimension 1 of the output, as for
-    torch's `cross_entropy`. The result is None if there are no predictions.
+    In a mapping, the logits are named `logits`, or `out` as by torchvision's segmentation models. The vectors are named
+    `sentence_embedding` as by sentence-transformers, or are the first floating-point tensor, such as
+    `last_hidden_state`.
+
+    The classes, or the entries of a vector, are in the last dimension of the result. If the output has four or more
+    dimensions, as in (samples, classes, height, width), they are in its dimension 1, as for torch's `cross_entropy`.
+    The result is None if there are no predictions.
     """
+    predictions = _logits_of(output)
+    if predictions is None and isinstance(output, Mapping):
+        vectors = [output.get("sentence_embedding"), *output.values()]
+        predictions = next(filter(_is_prediction, vectors), None)
+
+    if not isinstance(predictions, Tensor) or not _is_prediction(predictions):
+        return None
+    if predictions.ndim > 3:
+        return predictions.movedim(1, -1)
+    return predictions
+
+
+def _logits_of(output: object) -> object:
     if isinstance(output, Mapping):
         logits = output.get("logits", output.get("out"))
     else:
         logits = getattr(output, "logits", output)
-    if isinstance(logits, tuple | list) and logits:
-        logits = logits[0]
+    return logits[0] if isinstance(logits, tuple | list) and logits else logits
 
-    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim < 2:
-        return None
-    if logits.ndim > 3:
-        return logits.movedim(1, -1)
-    return logits
+
+def _is_prediction(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim >= 2
 
 
 def has_classes(output: object) -> bool:
     """Return whether an output holds logits of classes: a matrix of at least two columns, or whatever has their name.
 
-    Other tensors, such as images, may hold numbers.
+    Other tensors, such as images and embeddings, hold numbers.
     """
     predictions = find_predictions(output)
-    if predictions is None or predictions.shape[-1] < 2:
+    if predictions is None or has_vectors(output):
         return False
     return isinstance(output, Mapping) or hasattr(output, "logits") or predictions.ndim == 2
+
+
+def has_vectors(output: object) -> bool:
+    """Return whether predictions are certainly no logits of classes.
+
+    They have another name than logits, or a single column, or all their rows have length 1, as embeddings often do.
+    """
+    predictions = find_predictions(output)
+    if predictions is None:
+        return False
+    if isinstance(output, Mapping) or hasattr(output, "logits"):
+        return predictions.shape[-1] < 2 or _logits_of(output) is None
+    tolerance = 8 * torch.finfo(predictions.dtype).eps
+    lengths = predictions.detach().float().norm(dim=-1)
+    return predictions.shape[-1] < 2 or bool(((lengths - 1).abs() < tolerance).all())
 
 
 def causal_config(model: nn.Module) -> Any | None:
