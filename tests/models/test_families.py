@@ -119,15 +119,15 @@ def test_hidden_units_of_families_are_taken_out(kind, name, folder):
 
 
 # Whether vLLM and SGLang can build the model: the class lets them replace its attention.
-UNEVEN = {("causal", "llama"): True, ("causal", "qwen3_next"): False}
+UNEVEN = {("causal", "llama"): True, ("other", "LlavaForConditionalGeneration"): True}
 UNEVEN_AT_NIGHT = {
+    ("causal", "qwen3_next"): False,
     ("causal", "gpt2"): True,
     ("causal", "bloom"): False,
     ("causal", "deepseek_v3"): None,  # its configuration says how many of its layers are dense
     ("other", "BertForMaskedLM"): True,
     ("other", "T5ForConditionalGeneration"): False,
     ("other", "ViTForImageClassification"): True,
-    ("other", "LlavaForConditionalGeneration"): True,
 }
 
 
