@@ -63,11 +63,6 @@ def test_texts_give_the_zeros_of_batches_by_hand(tiny, tiny_folder):
     assert {layer.tokens for layer in report.layers if "encoder" in layer.name} == {tokens}
 
 
-def test_fisher_reads_the_embeddings(tiny):
-    report = prune(tiny, SENTENCES, 0.5, allocation="fisher")
-    assert len({layer.target for layer in report.layers}) > 1
-
-
 @pytest.mark.parametrize(
     ("texts", "message"),
     [

@@ -116,10 +116,12 @@ def load_tokenizer(source: ModelSource) -> Any:
 
 def is_embedding_model(source: ModelSource) -> bool:
     """Whether a folder, or a model on the hub, has the list of modules that sentence-transformers writes."""
+    if str(source).startswith("timm:"):
+        return False
     source.locate()
     if source.path.exists():
         return (source.path / _MODULES).is_file()
-    return not str(source).startswith("timm:") and _is_on_hub(source)
+    return _is_on_hub(source)
 
 
 @cache
