@@ -13,6 +13,7 @@ import pytest
 import torch
 from markdown_it import MarkdownIt
 from support.data import few_digits as few_digits
+from support.embedding import SENTENCES, save_pairs, save_tiny
 from support.zoo import save_llama_of_bytes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,6 +25,7 @@ from wanda_lightning.cli.commands import LIGHTNING
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = [*sorted(DOCS.glob("*.md")), DOCS.parent / "README.md"]
 SMALLER = {
+    "sentence-transformers/all-MiniLM-L6-v2": "embedding",
     ".cache/SmolLM2-135M-Instruct.Q4_1.gguf": "folder",
     "HuggingFaceTB/SmolLM2-135M": "folder",
     '"c4"': '"text.txt"',
@@ -58,7 +60,7 @@ def pages_with(language):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a model, a pruned model and a text."""
+    """A folder with models, a pruned model, texts and pairs of sentences."""
     folder = tmp_path_factory.mktemp("pages")
     save_llama_of_bytes(folder / "folder")
     tokenizer = AutoTokenizer.from_pretrained(folder / "folder")
@@ -68,6 +70,9 @@ def folder(tmp_path_factory):
     prune(model, sparsity=0.5, method="magnitude", progress=False)
     model.save_pretrained(folder / "out/model")
     (folder / "text.txt").write_text("A page of text, " * 200)
+    save_tiny(folder / "embedding")
+    (folder / "sentences.txt").write_text("\n".join(SENTENCES))
+    save_pairs(folder / "pairs.csv")
     return folder
 
 

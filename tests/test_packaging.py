@@ -50,6 +50,7 @@ def test_every_extra_that_a_message_or_a_page_names_exists():
 
 def test_an_extra_installs_what_its_message_names():
     names = {"sklearn": "scikit-learn", "lm_eval": "lm-eval"}
+    names["sentence_transformers"] = "sentence-transformers"
     for file in (ROOT / "wanda_lightning").rglob("*.py"):
         calls = re.findall(r'require_extra\(\s*"(\w+)",(.*?)purpose=', text_of(file), re.DOTALL)
         for extra, arguments in calls:

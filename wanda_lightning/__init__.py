@@ -62,10 +62,12 @@ if TYPE_CHECKING:
     from wanda_lightning.core.statistics import InputStatistics as InputStatistics
     from wanda_lightning.data.images import ImageDataModule as ImageDataModule
     from wanda_lightning.data.own_text import sample_windows as sample_windows
+    from wanda_lightning.data.sentences import SentenceDataModule as SentenceDataModule
     from wanda_lightning.data.text import TextDataModule as TextDataModule
     from wanda_lightning.engine.prune import prune as prune
     from wanda_lightning.modules import (
         CausalLMModule as CausalLMModule,
+        EmbeddingModule as EmbeddingModule,
         ImageClassifierModule as ImageClassifierModule,
     )
     from wanda_lightning.report import PruningReport as PruningReport
@@ -100,8 +102,9 @@ _HOMES = {
     "core.statistics": "InputStatistics",
     "data.images": "ImageDataModule",
     "data.own_text": "sample_windows",
+    "data.sentences": "SentenceDataModule",
     "data.text": "TextDataModule",
-    "modules": "CausalLMModule ImageClassifierModule",
+    "modules": "CausalLMModule EmbeddingModule ImageClassifierModule",
     "engine.prune": "prune",
     "training": "Distil Distill NoRecovery Reconstruct",
     "report": "PruningReport",

@@ -353,9 +353,9 @@ class NeverCalls(Net):
         return F.cross_entropy(self.layers(batch[0]), batch[1])
 
 
-class Pooled(Net):
+class Pixels(Net):
     def forward(self, x):
-        return self.layers(x).mean(dim=1, keepdim=True)
+        return self.layers(x)[:, :, None, None]
 
     def _loss(self, batch):
         return self(batch[0]).square().mean()
@@ -410,7 +410,7 @@ class Later(Net):
             MisconfigurationException,
             "training_step never called NeverCalls .* there are layers",
         ),
-        (Pooled, {}, ValueError, r"logits.*it returns a tensor of shape \(4, 1\)"),
+        (Pixels, {}, ValueError, r"logits.*it returns a tensor of shape \(4, 1, 1, \d+\)"),
         (Detached, {"dense": Dense()}, ValueError, "its predictions have none"),
     ],
 )

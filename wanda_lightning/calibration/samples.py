@@ -26,6 +26,7 @@ from wanda_lightning.calibration.error_notes import naming_batch
 from wanda_lightning.calibration.trees import clone_arguments, tensors_of
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
+from wanda_lightning.common.text_features import SENTENCES, reads_texts, text_features
 from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.models import TokenMask, check_tokens, token_masks
 from wanda_lightning.parallel import Processes
@@ -62,7 +63,7 @@ class Samples:
     ) -> None:
         self._batches: Iterable[Any] = ()
         if reader is not None:
-            self._batches = _checked(batches, reader)
+            self._batches = _tokenized(model, _checked(batches, reader))
         self._model = model
         self.processes = processes
         self._reader = reader
@@ -220,6 +221,27 @@ def _checked(batches: object, reader: object) -> Iterable[Any]:
     )
 
 
+def _tokenized(model: nn.Module, batches: Iterable[Any]) -> Iterable[Any]:
+    """Return calibration batches; for a list of texts, batches that the model makes of them, in their order."""
+    if not isinstance(batches, Sequence) or not batches or not isinstance(batches[0], str):
+        return batches
+    for index, text in enumerate(batches):
+        if not isinstance(text, str):
+            raise UserError(
+                f"batches must be texts only or batches only, but batches[0] is a text and batches[{index}] is a "
+                f"{type(text).__name__}. Give a list of strings."
+            )
+    if not reads_texts(model):
+        raise UserError(
+            f"batches must hold tensors, but they are texts, and {type(model).__name__} has no method `tokenize`, as "
+            "models of sentence-transformers do. Tokenize the texts."
+        )
+    return [
+        text_features(model, batches[start : start + SENTENCES])
+        for start in range(0, len(batches), SENTENCES)
+    ]
+
+
 def fit_together(samples: Sequence[Sample]) -> bool:
     """Whether all samples are entries of a first dimension with equal shapes, so that they can run as one batch."""
     batches = [sample.batch for sample in samples]
@@ -250,9 +272,9 @@ def forward_batch(model: nn.Module, batch: Any) -> object:
     """Call a model on a batch.
 
     A mapping becomes keyword arguments, without those that the model's forward does not take. A tuple or list is
-    replaced by its first element. Anything else is passed unchanged.
+    replaced by its first element. Anything else is passed unchanged, and so is a mapping for a model that reads texts.
     """
-    if isinstance(batch, Mapping):
+    if isinstance(batch, Mapping) and not reads_texts(model):
         return model(**_accepted(model, batch))
     return model(batch[0] if isinstance(batch, tuple | list) else batch)
 

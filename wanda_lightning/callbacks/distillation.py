@@ -24,6 +24,7 @@ from wanda_lightning.callbacks.trainer import processes_of
 from wanda_lightning.common.aliases import Forward, Kwargs, StrPath
 from wanda_lightning.common.checks import Number, check
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.float64 import widened
 from wanda_lightning.core.losses import summed_divergence
 from wanda_lightning.models import (
     causal_config,
@@ -31,6 +32,7 @@ from wanda_lightning.models import (
     find_predictions,
     fitting_mask,
     has_classes,
+    has_vectors,
     token_masks,
 )
 from wanda_lightning.parallel import local
@@ -47,7 +49,8 @@ class DistillFromDense(Callback):
 
     The loss of each training step becomes `(1 - weight) * loss + weight * T^2 * KL(dense || network)`, where `loss` is
     the module's own, and the divergence between the predictions at temperature T is averaged over all predictions,
-    without padding (as an `attention_mask` shows it). It is logged as `distillation_loss`. The callback takes the
+    without padding (as an `attention_mask` shows it). For vectors, such as sentence embeddings, the mean squared error
+    replaces the divergence. It is logged as `distillation_loss`. The callback takes the
     predictions from every call of the network in `training_step` that has gradients, and runs the dense model on the
     same inputs, without gradients or dropout. Use it with `PruningCallback` or `KeepZeros`, which keep the zeros, or
     with adapters. The recovery `Distill` instead trains on the calibration batches while `prune` runs.
@@ -188,11 +191,13 @@ class _Comparison:
             if options.get("labels") is not None and causal_config(self.teacher):
                 options["labels"] = None  # the dense model's own loss would take memory and time
             with torch.no_grad():
-                dense = _logits(self.teacher(*inputs, **options), "The dense model")
+                output = self.teacher(*inputs, **options)
+            dense = _predictions(output, "The dense model")
+            are_vectors = has_vectors(output)
 
             arguments = _by_name(forward, args, kwargs)
             output = forward(*args, **kwargs)
-            self._add(_logits(output, "The network"), dense, arguments)
+            self._add(_predictions(output, "The network"), dense, are_vectors, arguments)
             return output
 
         return watched
@@ -210,7 +215,7 @@ class _Comparison:
         # Such a power keeps the gradients as large at any temperature (Hinton et al. 2015, section 2).
         return self.total * (self.temperature**2 / max(1, self.count))  # a batch may be all padding
 
-    def _add(self, predicted: Tensor, dense: Tensor, arguments: Kwargs) -> None:
+    def _add(self, predicted: Tensor, dense: Tensor, are_vectors: bool, arguments: Kwargs) -> None:
         if not predicted.requires_grad:
             raise UserError(
                 "The network must predict with gradients to be distilled, but its predictions have none, as after "
@@ -221,7 +226,13 @@ class _Comparison:
         predicted = predicted.flatten(0, -2)
         counted = None if mask is None else mask.keep.flatten().to(predicted.device)
         self.count += len(predicted) if counted is None else int(counted.sum())
-        self.total += summed_divergence(predicted, dense.flatten(0, -2), counted, self.temperature)
+        dense = dense.flatten(0, -2)
+        if are_vectors:
+            # Divided by the temperature, as logits are; `mean` multiplies by its square.
+            errors = (widened(predicted - dense) / self.temperature).square().mean(dim=-1)
+            self.total += errors.sum() if counted is None else errors[counted].sum()
+        else:
+            self.total += summed_divergence(predicted, dense, counted, self.temperature)
 
 
 def _by_name(forward: Forward, args: tuple[Any, ...], kwargs: Kwargs) -> Kwargs:
@@ -235,21 +246,21 @@ def _by_name(forward: Forward, args: tuple[Any, ...], kwargs: Kwargs) -> Kwargs:
     return named
 
 
-def _logits(output: object, whose: str) -> Tensor:
-    """Return the logits of an output, with the classes in the last dimension."""
+def _predictions(output: object, whose: str) -> Tensor:
+    """Return the logits or the vectors of an output, with the classes or the entries in the last dimension."""
     predictions = find_predictions(output)
     if predictions is None:
         shown = type(output).__name__
     # A bare tensor of four dimensions may also be an image.
-    elif predictions.shape[-1] < 2 or (predictions.ndim > 3 and not has_classes(output)):
+    elif predictions.ndim > 3 and not has_classes(output):
         shown = f"a tensor of shape {tuple(predictions.shape)}"
     else:
         return predictions
 
     raise UserError(
         f"{whose} must return logits of shape (samples, classes) or (samples, tokens, classes), or an output with "
-        f"such `logits`, or (samples, classes, height, width), but it returns {shown}. Give network=NAME of a part "
-        "that does."
+        f"such `logits` or a `sentence_embedding`, or (samples, classes, height, width), but it returns {shown}. Give "
+        "network=NAME of a part that does."
     )
 
 

@@ -102,8 +102,8 @@ def set_up_warnings() -> None:
     warnings.filterwarnings(
         "ignore", message=r".*isinstance\(treespec, LeafSpec\)", category=FutureWarning
     )
-    # torchao, if it is installed, warns about kernels for other devices.
-    for name in ("torchao", "torch.utils._pytree"):
+    # torchao, if it is installed, warns about kernels for other devices; sentence-transformers about the meta device.
+    for name in ("torchao", "torch.utils._pytree", "sentence_transformers.base.model"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

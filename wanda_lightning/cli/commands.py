@@ -40,7 +40,7 @@ def _shown_default(value: object) -> str | None:
 
 app = App(
     name="wanda-lightning",
-    help="Prune language models and image classifiers in one shot.",
+    help="Prune language models, embedding models and image classifiers in one shot.",
     help_format="plaintext",
     version=lambda: f"wanda_lightning {wanda_lightning.__version__}",
     default_parameter=Parameter(
@@ -59,7 +59,7 @@ def prune(
     results: Results = Results(),
     session: Session = Session(),
 ) -> None:
-    """Prune a language model or an image classifier, and measure it before and after."""
+    """Prune a language model, an embedding model or an image classifier, and measure it before and after."""
     refuse(model, pruning, data, results)
     config = PruningConfig.from_names(**pruning.choices)  # which imports torch
     from wanda_lightning.cli import prune_command
@@ -90,7 +90,7 @@ def evaluate(
     results: File = File(),
     session: Session = Session(),
 ) -> None:
-    """Measure models side by side: perplexity and zero-shot tasks, or accuracy on images; and sparsity."""
+    """Measure models side by side: perplexity and zero-shot tasks, pairs of sentences, or accuracy; and sparsity."""
     refuse(models, data, results)
     if len(models.checkpoint) not in (0, len(models.model)):
         raise UserError(
@@ -145,16 +145,7 @@ def refuse(models: Model, *groups: object) -> None:
 
 def _ignored(models: Model, values: Kwargs) -> Iterator[tuple[str, str]]:
     """Yield the cases that apply, in words, each with the options that would be ignored."""
-    if models.is_image:
-        yield (
-            "an image classifier",
-            "seqlen limit dtype revision trust_remote_code tasks_dir tasks task_limit stream calibration "
-            "eval_zero_shot",
-        )
-        if values.get("evaluation"):  # an empty one says that nothing is measured
-            yield "an image classifier", "evaluation"
-    else:
-        yield "a language model", "data checkpoint"
+    yield from _ignored_by_kind(models, values)
     if all(Path(name).expanduser().exists() for name in models.all):
         yield "a local model", "revision"
 
@@ -177,6 +168,26 @@ def _ignored(models: Model, values: Kwargs) -> Iterator[tuple[str, str]]:
         yield "pruning without --stream, which uses a GPU if there is one", "device"
     if not any(values.get(name) for name in ("save", "save_model", "report")):
         yield "a command that writes nothing", "overwrite"
+
+
+def _ignored_by_kind(models: Model, values: Kwargs) -> Iterator[tuple[str, str]]:
+    if models.is_image:
+        yield (
+            "an image classifier",
+            "seqlen limit dtype revision trust_remote_code tasks_dir tasks task_limit stream calibration "
+            "eval_zero_shot",
+        )
+        if values.get("evaluation"):  # an empty one says that nothing is measured
+            yield "an image classifier", "evaluation"
+    elif models.is_embedding:
+        yield (
+            "an embedding model",
+            "data checkpoint seqlen dtype tasks_dir tasks task_limit stream eval_zero_shot",
+        )
+        if values.get("calibration") == "self":
+            yield "an embedding model", "calibration"
+    else:
+        yield "a language model", "data checkpoint"
 
 
 def _refuse_missing(models: Model, values: Kwargs) -> None:

@@ -16,6 +16,7 @@ from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import load_tokenizer
 from wanda_lightning.data.images import ImageDataModule
+from wanda_lightning.data.sentences import SentenceDataModule
 from wanda_lightning.data.text import TextDataModule
 from wanda_lightning.evaluation import Evaluation, Results, load_tasks, sparsity_of, zero_shot
 from wanda_lightning.modules.model_loading import check_source
@@ -48,7 +49,7 @@ def evaluate(models: Models, data: Measurements, results: File) -> None:
 
 def _measure_each(models: Models, data: Measurements) -> dict[str, Results]:
     """Read the data of all models, to refuse them together; then load and measure one model at a time."""
-    if not models.is_image:
+    if models.is_language:
         for name in models.all:
             check_source(models.source(name))
     tasks = load_tasks(data.tasks, data.tasks_dir, models.cache_dir)
@@ -110,7 +111,7 @@ def _measure_one(models: Models, data: Measurements, tasks: Kwargs, prepared: _P
 
 
 def _results(metrics: Mapping[str, float], data: Any) -> Results:
-    """Return the metrics of each data set, with the number of windows or images."""
+    """Return the metrics of each data set, with the number of windows, pairs or images."""
     results = {}
     if isinstance(data, ImageDataModule):
         images: Any = data.val_dataloader().dataset
@@ -118,6 +119,9 @@ def _results(metrics: Mapping[str, float], data: Any) -> Results:
             heading: metrics[name] for name, heading in _HEADINGS.items() if name in metrics
         }
         results[data.data] = {**accuracies, "images": len(images)}
+    elif isinstance(data, SentenceDataModule):
+        pairs = len(data.evaluation_pairs)
+        results[data.evaluation] = {"spearman": metrics["val_spearman"], "pairs": pairs}
     else:
         for text, name in zip(data.evaluations, logged_results(data), strict=True):
             results[text] = {"perplexity": metrics[name], "windows": len(data.windows_of(text))}

@@ -29,7 +29,7 @@ _WINDOWS = 128
 def inspect(config: PruningConfig, options: Model) -> None:
     """Print the layers that would be pruned, by stop, and the other matrices, by reason."""
     source = options.source(options.model)
-    if not options.is_image:
+    if options.is_language:
         check_source(source, weights=False)
     model: Any = model_from_config(source)
     config = config_for(config, model)
@@ -57,7 +57,7 @@ def inspect(config: PruningConfig, options: Model) -> None:
         print_line(f"Note: {removal.inspect_note}")
     refuse_nothing_to_prune(config, inventory)
     removal.check(config, model, inventory)
-    if not options.is_image:
+    if options.is_language:
         print_line(_memory(model, inventory, options))
 
 

@@ -13,7 +13,8 @@ from lightning.pytorch.callbacks import LambdaCallback
 from wanda_lightning.cli.model_and_data import AnyData
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.data.images import ImageDataModule
-from wanda_lightning.report.descriptions import PERPLEXITY, TOP1
+from wanda_lightning.data.text import TextDataModule
+from wanda_lightning.report.descriptions import PERPLEXITY, SPEARMAN, TOP1, Metric
 
 
 class BatchClock(L.Callback):
@@ -67,12 +68,19 @@ def measure(module: L.LightningModule, data: AnyData) -> dict[str, float]:
     return metrics
 
 
+def metric_of(data: AnyData) -> Metric:
+    """Return what is measured on data of this kind."""
+    if isinstance(data, TextDataModule):
+        return PERPLEXITY
+    return TOP1 if isinstance(data, ImageDataModule) else SPEARMAN
+
+
 def logged_results(data: AnyData) -> dict[str, str]:
     """Describe each data set, by the name under which a Trainer logs the result on it."""
-    if isinstance(data, ImageDataModule):
-        return {TOP1.logged[0]: data.describe_evaluation()}
+    name = metric_of(data).logged[0]
+    if not isinstance(data, TextDataModule):
+        return {name: data.describe_evaluation()}
     descriptions = {}
-    name = PERPLEXITY.logged[0]
     for number, text in enumerate(data.evaluations):
         if number:
             name = f"{PERPLEXITY.logged[0]}/{text}"

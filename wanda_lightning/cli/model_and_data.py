@@ -8,25 +8,29 @@ from wanda_lightning.cli.options import Data, Measurements, Model, Models
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import load_config, load_tokenizer
 from wanda_lightning.data.images import ImageDataModule
+from wanda_lightning.data.sentence_pairs import STSB
+from wanda_lightning.data.sentences import SentenceDataModule
 from wanda_lightning.data.text import TextDataModule
-from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
+from wanda_lightning.modules import CausalLMModule, EmbeddingModule, ImageClassifierModule
 
 _PAPER_SEQLEN = 2048
 
-AnyData = TextDataModule | ImageDataModule
+AnyData = TextDataModule | SentenceDataModule | ImageDataModule
 
 
 def load(options: Model | Models, name: str, checkpoint: str | None = None) -> Any:
     """Return the module of a model, an image classifier with its pretrained weights or those of a checkpoint."""
     if options.is_image:
         return ImageClassifierModule(name, pretrained=checkpoint is None, checkpoint=checkpoint)
+    if options.is_embedding:
+        return EmbeddingModule(name, **options.source(name).hub)
     return CausalLMModule(name, dtype=options.dtype, **options.source(name).hub)
 
 
 def data_for(
     options: Model | Models, data: Data | Measurements, name: str, classifier: Any = None
 ) -> AnyData:
-    """Return the images for a classifier, or the texts for a model of this name, in windows that fit all models."""
+    """Return the images for a classifier, or the texts for a model of this name; windows fit all models."""
     # `evaluate` calibrates nothing, so it has neither of these two options.
     num_samples = getattr(data, "num_samples", None)
     seed = getattr(data, "seed", 0)
@@ -36,9 +40,23 @@ def data_for(
         )
         images.setup()
         return images
+    calibration = getattr(data, "calibration", "python-docs")
+    if options.is_embedding:
+        sentences = SentenceDataModule(
+            calibration=calibration,
+            evaluation=_pairs(data),
+            batch_size=data.batch_size or 32,
+            num_samples=num_samples or 1024,
+            limit=data.limit,
+            seed=seed,
+            cache_dir=options.cache_dir,
+        )
+        if data.evaluation:
+            sentences.setup()
+        return sentences
     return TextDataModule(
         load_tokenizer(options.source(name)),
-        calibration=getattr(data, "calibration", "python-docs"),
+        calibration=calibration,
         evaluation=data.evaluation or "python-docs",  # which is not read
         seqlen=window_length(options, data.seqlen),
         num_samples=num_samples or 128,
@@ -47,6 +65,15 @@ def data_for(
         seed=seed,
         cache_dir=options.cache_dir,
     )
+
+
+def _pairs(data: Data | Measurements) -> str:
+    """Return the pairs of sentences to measure on: STS-B in place of the default, which is a text."""
+    if data.evaluation in ((), Data.evaluation):
+        return STSB
+    if len(data.evaluation) > 1:
+        raise UserError("--evaluation must be one file of pairs, or stsb, for an embedding model.")
+    return data.evaluation[0]
 
 
 def window_length(options: Model | Models, asked: int | None) -> int:

@@ -19,7 +19,7 @@ from cyclopts.validators import Number
 
 from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.checks import SEED
-from wanda_lightning.common.model_source import ModelSource
+from wanda_lightning.common.model_source import ModelSource, is_embedding_model
 from wanda_lightning.common.wording import one_line
 from wanda_lightning.config import NAMES, OLD_NAMES, PruningConfig, check_pattern
 
@@ -50,13 +50,14 @@ def _whole_number(type_: Any, tokens: Iterable[Any]) -> int:
 
 
 def _known_texts(type_: Any, texts: Any) -> None:
-    """Refuse an unknown text. `evaluation` has several; the data module refuses `self` among them."""
+    """Refuse an unknown text or file of pairs. The data modules refuse those that are not for their models."""
+    from wanda_lightning.data.sentence_pairs import STSB
     from wanda_lightning.data.text_sources import SELF, check_source
 
     if isinstance(texts, str):
         texts = [texts]
     for text in texts:
-        if text != SELF:
+        if text not in (SELF, STSB) and not text.endswith(".csv"):
             check_source(text)
 
 
@@ -152,7 +153,8 @@ class Model:
     """The model of a command."""
 
     model: str = field(kw_only=False)
-    """Hub id, folder or .gguf file of a language model; timm:NAME of an image classifier, or timm:local-dir:FOLDER."""
+    """Hub id, folder or .gguf file of a language model; hub id or folder of an embedding model, which has a
+modules.json; timm:NAME of an image classifier, or timm:local-dir:FOLDER."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the weights; auto: as they are stored."""
     revision: str = "main"
@@ -172,6 +174,16 @@ class Model:
         """Whether they are image classifiers."""
         return any(name.startswith("timm:") for name in self.all)
 
+    @property
+    def is_embedding(self) -> bool:
+        """Whether one of them is an embedding model."""
+        return any(is_embedding_model(self.source(name)) for name in self.all)
+
+    @property
+    def is_language(self) -> bool:
+        """Whether they are language models."""
+        return not (self.is_image or self.is_embedding)
+
     def source(self, name: str) -> ModelSource:
         """Return the source of a model; `revision` is that of `model`, not of `dense`."""
         revision = self.revision if name in self.model else "main"
@@ -184,7 +196,7 @@ class Models(Model):
     """The models of `evaluate`."""
 
     model: _Names = field(kw_only=False)  # type: ignore[assignment]
-    """The models as for prune, with commas: language models or image classifiers."""
+    """The models as for prune, with commas, all of one kind."""
     dense: str | None = None
     """The dense model. It is measured first, and the table shows how the others differ from it."""
     checkpoint: Annotated[_Names, Parameter(alias="--resume")] = ()
@@ -273,15 +285,16 @@ class _Measured:
     evaluation: Annotated[_Names, Parameter(alias="--eval", validator=_known_texts)] = (
         "wikitext2",
     )
-    """Texts to measure perplexity on, with commas; the first is the one that counts. An empty text: measure nothing."""
+    """Texts to measure perplexity on, with commas; the first is the one that counts. For embedding models: stsb (their
+default), or a FILE.csv with sentence1, sentence2 and score. An empty text: measure nothing."""
     data: Annotated[str | None, Parameter(alias="--data_path")] = None
     """Images: a folder laid out like ImageNet, or digits."""
     limit: _Count | None = None
-    """Number of windows of each text to measure on; by default all."""
+    """Number of windows of each text, or of pairs, to measure on; by default all."""
     seqlen: Annotated[int | None, _WHOLE, Parameter(validator=Number(gte=2))] = None
     """Number of tokens in a window; by default the model's context, at most 2048."""
     batch_size: _Count | None = None
-    """Number of windows (or answers) in a batch, by default 4; or of images, by default 64."""
+    """Number of windows (or answers) in a batch, by default 4; of pairs, by default 32; or of images, by default 64."""
     tasks_dir: str | None = None
     """Folder with a TASK.jsonl for each zero-shot task, instead of the hub; docs/tasks.md describes the documents."""
 
@@ -295,7 +308,7 @@ class Data(_Measured):
     """Text to calibrate on: c4, wikitext2, python-docs, sklearn-docs (these two need no network), the id of a data set
 on the hub (OWNER/NAME), a FILE (.txt, .jsonl, .parquet); or self, what the dense model writes."""
     num_samples: Annotated[_Count | None, Parameter(alias="--nsamples")] = None
-    """Number of calibration samples; by default 128 sequences or 4096 images, as in the paper."""
+    """Number of calibration samples; by default 128 sequences or 4096 images, as in the paper, or 1024 sentences."""
     seed: Annotated[
         int, _WHOLE, Parameter(validator=Number(gte=SEED.minimum, lte=SEED.maximum))
     ] = 0

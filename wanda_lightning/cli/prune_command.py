@@ -18,7 +18,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from wanda_lightning.cli.measure import logged_results, measure
+from wanda_lightning.cli.measure import logged_results, measure, metric_of
 from wanda_lightning.cli.model_and_data import AnyData, data_for, load
 from wanda_lightning.cli.options import PruneOptions, Results, as_command, values_of
 from wanda_lightning.cli.printing import print_line, print_table
@@ -30,13 +30,15 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.data.images import ImageDataModule
 from wanda_lightning.data.own_text import sample_windows
+from wanda_lightning.data.sentences import SentenceDataModule
+from wanda_lightning.data.text import TextDataModule
 from wanda_lightning.data.text_sources import SELF
 from wanda_lightning.engine.prune import prune_as, removal_of
 from wanda_lightning.evaluation import Evaluation, load_tasks, zero_shot
 from wanda_lightning.modules.model_loading import check_source, model_from_config
 from wanda_lightning.planning.plan import make_plan, refuse_unprunable
 from wanda_lightning.report import Circumstances, Continuations, Measured, PruningReport
-from wanda_lightning.report.descriptions import METRICS, PERPLEXITY, TOP1, change_of, cost_of
+from wanda_lightning.report.descriptions import METRICS, change_of, cost_of
 from wanda_lightning.streaming import perplexity_from_disk, shrink_from_disk
 from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_whole_model
 from wanda_lightning.streaming.output_folder import PROGRESS_NAME, require_resumable
@@ -103,10 +105,13 @@ def _prune_in_memory(config: PruningConfig, options: PruneOptions) -> Iterator[_
         module = load(model, name, data.checkpoint)
         source = data_for(model, data, name, module)
     else:
-        check_source(model.source(name))
+        if model.is_language:
+            check_source(model.source(name))
         source = data_for(model, data, name)
         module = load(model, name)  # after the data, since it may be large
 
+    if isinstance(source, SentenceDataModule):
+        source.model = module.model
     # Refuse what cannot be pruned, and a text that is too short, before the model is measured.
     plan = make_plan(config, module.model)
     refuse_unprunable(plan.layers)
@@ -120,7 +125,7 @@ def _prune_in_memory(config: PruningConfig, options: PruneOptions) -> Iterator[_
         if data.evaluation:
             measured.metrics.update(measure(module, source))
         module.to(device)  # at its end, the Trainer moves the model to the CPU
-        if results.report and not model.is_image:
+        if results.report and model.is_language:
             measured.texts.extend(continuations(module.model, module.tokenizer))
         return measured
 
@@ -190,10 +195,10 @@ def _prune_from_disk(config: PruningConfig, options: PruneOptions) -> Iterator[_
 
 def _calibration(config: PruningConfig, module: Any, source: AnyData) -> Any:
     """Return the calibration batches; None if nothing reads them."""
-    if isinstance(source, ImageDataModule):
-        return source.calibration_dataloader()
-    if config.data_reader is None:
+    if config.data_reader is None and not isinstance(source, ImageDataModule):
         return None
+    if not isinstance(source, TextDataModule):
+        return source.calibration_dataloader()
     if source.calibration == SELF:
         # No Trainer runs the model here, so the data module has no model that could write.
         windows = sample_windows(
@@ -262,8 +267,7 @@ def _circumstances(
         Measured(description, done.dense.metrics[name], done.pruned.metrics[name])
         for name, description in logged_results(done.data).items()
     )
-    metric = TOP1 if options.model.is_image else PERPLEXITY
-    return replace(run, metric=metric.name, **vars(first), others=tuple(others))
+    return replace(run, metric=metric_of(done.data).name, **vars(first), others=tuple(others))
 
 
 def _costs(done: _Pruned, folder: str | None, is_smaller: bool) -> tuple[Measured, ...]:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -12,6 +13,8 @@ from wanda_lightning.common.aliases import Kwargs, StrPath
 from wanda_lightning.common.checks import check_flags, require_extra
 from wanda_lightning.common.errors import MissingPackageError, UserError
 from wanda_lightning.common.wording import one_line
+
+_MODULES = "modules.json"
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,30 @@ def load_tokenizer(source: ModelSource) -> Any:
 
     with reading("tokenizer", source, on_hub=not path.exists()):
         return AutoTokenizer.from_pretrained(**arguments)
+
+
+def is_embedding_model(source: ModelSource) -> bool:
+    """Whether a folder, or a model on the hub, has the list of modules that sentence-transformers writes."""
+    if str(source).startswith("timm:"):
+        return False
+    source.locate()
+    if source.path.exists():
+        return (source.path / _MODULES).is_file()
+    return _is_on_hub(source)
+
+
+@cache
+def _is_on_hub(source: ModelSource) -> bool:
+    from huggingface_hub import hf_hub_download
+
+    with _offline_if_unreachable(on_hub=True):
+        try:
+            hf_hub_download(
+                str(source), _MODULES, revision=source.revision, cache_dir=source.cache_dir
+            )
+        except (OSError, ValueError):  # no such file, model or id, or no network
+            return False
+    return True
 
 
 @contextmanager

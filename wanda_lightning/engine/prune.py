@@ -66,13 +66,14 @@ def prune(
     `forward(batch)` runs one batch through the model. The default is `model(**batch)` for a mapping, without the keys
     that the model's forward does not take, `model(batch[0])` for a tuple or list, and `model(batch)` for a tensor. The
     zeros of an `attention_mask` in a mapping mark padding, which does not count. `position_ids` that restart (packed
-    documents) exclude no token.
+    documents) exclude no token. A model that tokenizes texts, such as a `SentenceTransformer`, gets the mapping itself.
 
     Args:
         model: The model; only its weights and the running statistics of BatchNorm layers change, in place; with the
             solvers `ADMM` and `Refit`, biases of the pruned layers, too. With a permutation, the order of hidden units
             changes; with `pattern="experts"`, experts leave the model.
-        batches: Calibration batches; all of them are used. `Magnitude` needs none, except for BatchNorm layers.
+        batches: Calibration batches, or a list of texts for a model that tokenizes them; all of them are used.
+            `Magnitude` needs none, except for BatchNorm layers.
         sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1); of their hidden units or experts
             with such a pattern.
         forward: Runs one batch through the model.

@@ -16,11 +16,11 @@ from wanda_lightning.report import versions
 from wanda_lightning.report.records import as_json
 
 Metrics = dict[str, float]
-"""Values by metric; fractions are in [0, 1]."""
+"""Values by metric; fractions are in [0, 1], and `spearman` is a correlation times 100."""
 Results = dict[str, Metrics]
 """Metrics by text, task or data set."""
 
-_COUNTS = ("windows", "documents", "images")  # metrics that are the number of samples
+_COUNTS = ("windows", "documents", "images", "pairs")  # metrics that are the number of samples
 _ERROR = "_stderr"  # suffix of a metric's standard error
 _SPARSITY = {"layers": "of prunable layers", "model": "of the model"}
 
@@ -120,8 +120,9 @@ def _cell(metric: str, values: Metrics, dense: float | None) -> str:
     if metric not in values:
         return ""
     value = values[metric]
-    scale = 1 if metric == "perplexity" else 100
-    unit = "" if metric == "perplexity" else "%"
+    is_share = metric not in ("perplexity", "spearman")
+    scale = 100 if is_share else 1
+    unit = "%" if is_share else ""
     cell = f"{scale * value:.2f}{unit}"
     if metric + _ERROR in values:
         cell += f" ± {scale * values[metric + _ERROR]:.2f}"

@@ -209,13 +209,18 @@ def _loading(config_file: Path, name: str, on_hub: bool) -> tuple[str | None, st
     if "model_type" not in config:
         return None, None, ""
 
+    arguments = json.dumps(name)
+    if "auto_map" in config:  # the folder has its own modeling file
+        arguments += ", trust_remote_code=True"
+    if config_file.with_name("modules.json").exists():
+        code = f"from sentence_transformers import SentenceTransformer\n\nmodel = SentenceTransformer({arguments})"
+        return "sentence-transformers", "sentence-similarity", code
+
     (architecture, *_) = config.get("architectures") or ["AutoModel"]
     task = None
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         task = "text-generation"
-    arguments = json.dumps(name)
-    if "auto_map" in config:  # the folder has its own modeling file
-        arguments += ", trust_remote_code=True"
+    if "auto_map" in config:
         for auto, own_class in config["auto_map"].items():
             if own_class.endswith(f".{architecture}"):
                 architecture = auto

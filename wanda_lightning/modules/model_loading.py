@@ -1,4 +1,4 @@
-"""Load language models and image classifiers from a hub id, a folder, a GGUF file or a timm name.
+"""Load language models, embedding models and image classifiers from a hub id, a folder, a GGUF file or a timm name.
 
 Weights are read only from safetensors and GGUF files, since other checkpoint formats can run code. Missing, misshapen,
 non-finite or quantized weights raise an error.
@@ -20,10 +20,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from wanda_lightning.common.aliases import Kwargs, StrPath
+from wanda_lightning.common.checks import require_extra
 from wanda_lightning.common.dtypes import DTYPES
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import (
     ModelSource,
+    is_embedding_model,
     load_config,
     reading,
     timm_name,
@@ -35,6 +37,7 @@ from wanda_lightning.units.shrunk_model import register_shrunk_model
 _CHECKED = (*DTYPES.values(), torch.float64)
 _OTHERS = "Load it with transformers and call wanda_lightning.prune(model, batches) on it directly."
 _CONVERTER = "AutoModelForCausalLM.from_pretrained(...).save_pretrained(...), which needs memory for all weights once"
+_EMBEDDING_CONVERTER = "SentenceTransformer(...).save(...)"
 _CAUSAL = ("gpt_neox_japanese",)  # although its configuration says is_decoder=False
 
 
@@ -190,6 +193,34 @@ def _refuse_unknown(name: str) -> None:
         )
 
 
+def load_embedding_model(source: ModelSource, **options: Any) -> Any:
+    """Load a model of sentence-transformers, with more options of `from_pretrained`; errors as for language models."""
+    require_extra("embedding", "sentence_transformers", purpose="Embedding models")
+    if not is_embedding_model(source):
+        raise UserError(
+            f"model must be an embedding model, but {source} has no modules.json, which says how embeddings of tokens "
+            f"become one of the sentence. Make such a folder with {_EMBEDDING_CONVERTER}."
+        )
+    if source.path.is_dir():
+        require_safetensors(source.path, _EMBEDDING_CONVERTER)
+    from sentence_transformers import SentenceTransformer
+
+    with reading("weights", source, on_hub=not source.path.exists()):
+        model = SentenceTransformer(
+            str(source.path if source.path.exists() else source),
+            device=options.get("device_map", "cpu"),
+            revision=source.revision,
+            cache_folder=source.cache_dir,
+            trust_remote_code=source.trust_remote_code,
+            model_kwargs={"use_safetensors": True, **options},
+        )
+        inner: Any = model[0]
+        files = source.loaded_folder().glob("*.safetensors")
+        check_stored_as_float(str(source), files, inner.auto_model)
+    check_finite(model.named_parameters(), str(source))
+    return model
+
+
 def load_checkpoint(model: nn.Module, checkpoint: StrPath) -> None:
     """Load all weights of a model from a `.safetensors` file; refuse one that is damaged or does not fit the model."""
     path = ModelSource(checkpoint).path
@@ -204,7 +235,9 @@ def load_checkpoint(model: nn.Module, checkpoint: StrPath) -> None:
 
 
 def model_from_config(source: ModelSource) -> nn.Module:
-    """Build a language model or an image classifier on the meta device, from its configuration alone."""
+    """Build a model on the meta device, from its configuration alone."""
+    if is_embedding_model(source):
+        return load_embedding_model(source, device_map="meta")
     with torch.device("meta"):
         if str(source).startswith("timm:"):
             return create_classifier(source.name, False, {})

@@ -22,6 +22,7 @@ class Metric(NamedTuple):
     on_hub: str  # its name on the hub
     column: str  # its name in the log files of the reference code
     is_share: bool = False  # whether it is a fraction, which is shown in percent
+    in_points: bool = False  # whether its changes are differences, of percent for a fraction
 
     def text(self, value: float | None) -> str:
         """Return a result of a model as text, such as `81.25%` or `16.06`."""
@@ -32,11 +33,11 @@ class Metric(NamedTuple):
         return f"{value:.2%}" if self.is_share else f"{value:,.2f}"
 
     def change(self, before: float | None, after: float | None) -> str:
-        """Return how a result changed: in points for a fraction, else in percent; empty if it is not known."""
+        """Return how a result changed: in points or in percent; empty if it is not known."""
         if before is None or after is None or not isfinite(before + after) or not before:
             return ""
-        if self.is_share:
-            return f"{100 * (after - before):+.2f} points"
+        if self.in_points:
+            return f"{(100 if self.is_share else 1) * (after - before):+.2f} points"
         return f"{after / before - 1:+.1%}"
 
 
@@ -56,8 +57,18 @@ TOP1 = Metric(
     on_hub="accuracy",
     column="top1_test",
     is_share=True,
+    in_points=True,
 )
-METRICS = {metric.name: metric for metric in (PERPLEXITY, TOP1)}
+SPEARMAN = Metric(
+    name="spearman",
+    title="Spearman correlation",
+    logged=("val_spearman", "test_spearman"),
+    task="sentence-similarity",
+    on_hub="spearman_cosine",
+    column="spearman_test",
+    in_points=True,
+)
+METRICS = {metric.name: metric for metric in (PERPLEXITY, TOP1, SPEARMAN)}
 
 
 def title_of(report: ReportData) -> str:

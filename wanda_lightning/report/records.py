@@ -24,6 +24,7 @@ _LIBRARIES = (
     "transformers",
     "timm",
     "datasets",
+    "sentence_transformers",
     "lm_eval",
 )
 
@@ -239,7 +240,7 @@ class Circumstances:
 
     command: str = ""  # the shell command that repeats it; empty for a run from Python
     model: str = ""  # name of the dense model, with the file of its weights in parentheses if the name loads no weights
-    metric: str = ""  # "perplexity", or "top-1", a fraction of the images
+    metric: str = ""  # "perplexity"; "spearman", times 100; or "top-1", a fraction of the images
     before: float | None = None  # result of the dense model
     after: float | None = None  # result of the pruned model
     data: str = ""  # on which both were measured

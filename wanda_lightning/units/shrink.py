@@ -21,6 +21,7 @@ from wanda_lightning.calibration.lockstep import lockstep, whole_model_calls
 from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.samples import Sample, forward_batch
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.text_features import reads_texts, text_features
 from wanda_lightning.common.wording import quantity
 from wanda_lightning.models import (
     Layer,
@@ -35,6 +36,8 @@ from wanda_lightning.parallel import is_sharded
 from wanda_lightning.units.block_runs import BlockRuns, device_of
 from wanda_lightning.units.candidates import HiddenUnits, removable_units
 from wanda_lightning.units.fit_configuration import fit_configuration
+
+_TEXTS = ("A short sentence.", "Another sentence, which is a little longer than the first.")
 
 
 @dataclass
@@ -275,10 +278,12 @@ class _EmptyUnits:
 
 
 def example_batch(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> Any:
-    """Return a small batch for a model of transformers or timm; None for any other.
+    """Return a small batch for a model of transformers, timm or sentence-transformers; None for any other.
 
     A model of timm that was built for another size of images than its architecture may need that size.
     """
+    if reads_texts(model):
+        return to_device(text_features(model, _TEXTS), device_of(model))
     config: Any = getattr(model, "config", None)
     if hasattr(model, "dummy_inputs") and config is not None:
         return _transformers_batch(model, config)

@@ -1,0 +1,98 @@
+"""The commands with an embedding model, which they recognize by its modules.json."""
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from support.cli import IGNORED_WARNINGS, run, shell as shell
+from support.embedding import (
+    PAIRS,
+    SENTENCES,
+    save_pairs,
+    spearman_by_hand,
+    tiny_folder as tiny_folder,
+)
+from support.reports import read_json
+
+pytestmark = IGNORED_WARNINGS
+
+
+@pytest.fixture
+def command(tiny_folder, tmp_path):
+    """The options of a fast run."""
+    (tmp_path / "sentences.txt").write_text("\n\n".join(SENTENCES))
+    pairs = save_pairs(tmp_path / "pairs.csv")
+    return f"prune --model {tiny_folder} --calibration sentences.txt --evaluation {pairs}".split()
+
+
+def loaded(folder):
+    return SentenceTransformer(str(folder), device="cpu")
+
+
+def test_prune_measures_and_saves_a_smaller_model(command, tiny_folder, capsys):
+    saved = ["--shrink", "--save_model", "small", "--save", "results", "--report", "page.html"]
+    assert run(*command, *saved, "--pattern", "structured") == 0
+    before = spearman_by_hand(loaded(tiny_folder))
+    after = spearman_by_hand(loaded("small"))
+
+    result = read_json("results/pruning_report.json")["run"]
+    assert (result["before"], result["after"]) == pytest.approx((before, after), abs=1e-3)
+    assert result["calibration"] == f"sentences.txt, {len(SENTENCES)} sentences, seed 0"
+    line = f"from {before:.2f} to {after:.2f}"
+    assert line in capsys.readouterr().out
+    with open("small/README.md") as card, open("page.html") as page:
+        text = card.read()
+        assert 'SentenceTransformer("small")' in text
+        assert "sentence-similarity" in text
+        for shown in (text, page.read()):
+            assert f"{before:.2f}" in shown
+            assert f"{after:.2f}" in shown
+    assert loaded("small")[0].auto_model.config.intermediate_size == 16
+
+
+def test_evaluate_shows_the_correlation_of_each_model(command, tiny_folder, capsys):
+    assert run(*command, "--method", "magnitude", "--save_model", "out") == 0
+    pairs = command[-1]
+    capsys.readouterr()
+    assert run("evaluate", "--dense", tiny_folder, "out", "--evaluation", pairs) == 0
+    out = capsys.readouterr().out
+    assert f"spearman ({len(PAIRS)} pairs)" in out
+    assert f"{spearman_by_hand(loaded(tiny_folder)):.2f}" in out
+    assert f"{spearman_by_hand(loaded('out')):.2f}" in out
+
+
+def test_inspect_reads_no_weight(tiny_folder, capsys, monkeypatch):
+    to = torch.nn.Module.to
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *a, **k: to(self, "meta"))
+    assert run("inspect", tiny_folder) == 0
+    assert "encoder.layer.0" in capsys.readouterr().out
+
+
+def test_shrink_writes_a_smaller_folder(command):
+    assert run(*command, "--pattern", "structured", "--save_model", "zeros") == 0
+    assert run("shrink", "zeros", "--save_model", "small") == 0
+    assert spearman_by_hand(loaded("small")) == pytest.approx(spearman_by_hand(loaded("zeros")))
+    assert loaded("small")[0].auto_model.config.intermediate_size == 16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--seqlen 8", "--seqlen must be left out for an embedding model"),
+        ("--calibration self", "--calibration must be left out for an embedding model"),
+        ("--evaluation missing.csv", "missing.csv"),
+        ("--evaluation stsb,stsb", "must be one file of pairs"),
+        ("--evaluation python-docs", "evaluation must be stsb or an existing .csv file"),
+    ],
+)
+def test_wrong_options_are_refused(command, options, message, capsys):
+    assert run(*command, *options.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_wrong_score_is_refused_before_the_model_is_loaded(
+    command, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.delattr("wanda_lightning.cli.model_and_data.EmbeddingModule")
+    save_pairs(tmp_path / "pairs.csv", [("a", "b", "high")])
+    assert run(*command) == 2
+    assert "Line 2 of" in capsys.readouterr().err

@@ -1,0 +1,198 @@
+"""The module for sentence embeddings: prune, shrink, train and save models of sentence-transformers."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.callbacks import trainer
+from support.embedding import PAIRS, SENTENCES, save_pairs, spearman_by_hand
+from support.quiet import prune
+
+from wanda_lightning import (
+    DistillFromDense,
+    EmbeddingModule,
+    PruningCallback,
+    SentenceDataModule,
+    shrink,
+)
+from wanda_lightning.common.text_features import text_features
+from wanda_lightning.models import find_layers
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
+    pytest.mark.filterwarnings("ignore:num_samples is"),
+]
+
+LOAD = """
+import sys
+from sentence_transformers import SentenceTransformer
+folder, trust, expected = sys.argv[1:]
+model = SentenceTransformer(folder, device="cpu", trust_remote_code=trust == "True")
+found = model.encode(["a cat sees the red house ."])[0]
+assert abs(found - eval(expected)).max() < 1e-5, found
+assert "wanda_lightning" not in sys.modules
+print([tuple(p.shape) for n, p in model.named_parameters() if n.endswith("intermediate.dense.weight")])
+"""
+
+
+def widths_elsewhere(folder, model, trust, tmp_path):
+    """Load a folder without this package, compare an embedding, and return the numbers of hidden units."""
+    expected = model.eval().encode(["a cat sees the red house ."])[0].tolist()
+    command = [sys.executable, "-I", "-c", LOAD, str(folder), str(trust), str(expected)]
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return [width for width, _ in eval(done.stdout)]
+
+
+def test_texts_give_the_zeros_of_batches_by_hand(tiny, tiny_folder):
+    by_hand = EmbeddingModule(tiny_folder).model
+    batches = [text_features(by_hand, SENTENCES[start : start + 32]) for start in (0, 32, 64)]
+    prune(by_hand, batches, forward=lambda batch: by_hand(dict(batch)))
+    report = prune(tiny, SENTENCES)
+
+    weights = dict(by_hand.named_parameters())
+    for name, weight in tiny.named_parameters():
+        assert torch.equal(weight, weights[name])
+    # Padding counts for no layer of the encoder: words and two special tokens of each sentence.
+    tokens = sum(len(sentence.split()) + 2 for sentence in SENTENCES)
+    assert {layer.tokens for layer in report.layers if "encoder" in layer.name} == {tokens}
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ([], "at least one calibration batch"),
+        (["a cat .", 3], r"batches\[1\] is a int"),
+    ],
+)
+def test_wrong_texts_are_refused_before_the_model_runs(tiny, texts, message):
+    tiny.forward = None  # a call would be a TypeError
+    with pytest.raises(ValueError, match=message):
+        prune(tiny, texts)
+
+
+def test_texts_for_a_model_without_tokenizer_are_refused():
+    with pytest.raises(ValueError, match="Linear has no method `tokenize`"):
+        prune(torch.nn.Linear(4, 4), ["a cat ."])
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "fisher"])
+def test_a_smaller_folder_loads_without_this_package(tiny, allocation, tmp_path):
+    prune(tiny, SENTENCES, 0.5, pattern="structured", allocation=allocation)
+    if allocation == "fisher":  # the tiny model may have equal widths by chance
+        part = tiny[0].auto_model.encoder.layer[0]
+        part.intermediate.dense.weight.data[:3] = 0
+        part.intermediate.dense.bias.data[:3] = 0
+        part.output.dense.weight.data[:, :3] = 0
+    removed = shrink(tiny)
+    assert bool(removed.misfit) == (allocation == "fisher")
+    tiny.save(str(tmp_path / "small"))
+    widths = widths_elsewhere(tmp_path / "small", tiny, bool(removed.misfit), tmp_path)
+    assert sum(widths) == 2 * 32 - removed.units
+    assert (len(set(widths)) == 1) == (allocation == "uniform")
+
+
+def test_save_pretrained_leaves_units_out_of_the_folder_only(tiny, tmp_path):
+    prune(tiny, SENTENCES, 0.5, pattern="structured")
+    module = EmbeddingModule(tiny)
+    removed = module.save_pretrained(tmp_path / "small", shrink=True)
+    assert removed.units == 32
+    assert tiny[0].auto_model.encoder.layer[0].output.dense.weight.shape == (16, 32)
+    assert widths_elsewhere(tmp_path / "small", tiny, False, tmp_path) == [16, 16]
+    assert spearman_by_hand(EmbeddingModule(tmp_path / "small").model.eval()) == pytest.approx(
+        spearman_by_hand(tiny.eval())
+    )
+
+
+def test_a_save_that_fails_leaves_nothing(tiny, tmp_path):
+    module = EmbeddingModule(tiny)
+    with pytest.raises(ValueError, match="shrink must remove something"):
+        module.save_pretrained(tmp_path / "out", shrink=True)
+    assert list(tmp_path.iterdir()) == []
+    module.save_pretrained(tmp_path / "out")
+    with pytest.raises(FileExistsError):
+        module.save_pretrained(tmp_path / "out")
+
+
+def test_validate_and_test_log_the_correlation_by_hand(tiny, tmp_path):
+    data = SentenceDataModule(evaluation=save_pairs(tmp_path / "pairs.csv"), batch_size=5)
+    expected = spearman_by_hand(tiny.eval())
+    for loop, stage in ((trainer().validate, "val"), (trainer().test, "test")):
+        (measured,) = loop(EmbeddingModule(tiny), data, verbose=False)
+        assert measured == {f"{stage}_spearman": pytest.approx(expected, abs=1e-4)}
+
+
+def fit(module, tmp_path, *callbacks):
+    pairs = save_pairs(tmp_path / "pairs.csv")
+    sentences = tmp_path / "sentences.txt"
+    sentences.write_text("\n\n".join(SENTENCES))
+    data = SentenceDataModule(
+        calibration=sentences, evaluation=pairs, train=pairs, batch_size=4, num_samples=32
+    )
+    loop = trainer(*callbacks, max_epochs=6)
+    loop.fit(module, data)
+    return loop.callback_metrics
+
+
+def test_the_loss_is_the_squared_difference_of_similarities_and_scores(tiny, tmp_path):
+    module = EmbeddingModule(tiny).eval()
+    pairs = save_pairs(tmp_path / "pairs.csv")
+    (batch,) = SentenceDataModule(tiny, evaluation=pairs).val_dataloader()
+    first, second, scores = zip(*PAIRS, strict=True)
+    embeddings = [torch.tensor(tiny.encode([*texts])) for texts in (first, second)]
+    errors = torch.cosine_similarity(*embeddings) - torch.tensor(scores) / 5
+    module.log = lambda *args, **options: None
+    assert module.training_step(batch, 0).item() == pytest.approx(errors.square().mean().item())
+
+
+def test_a_callback_prunes_and_keeps_the_zeros_in_fit(tiny, tmp_path):
+    before = {layer.name: layer.weight.clone() for layer in find_layers(tiny).layers}
+    callback = PruningCallback(num_samples=32)
+    fit(EmbeddingModule(tiny, lr=0.01), tmp_path, callback)
+
+    for layer in callback.report.layers:
+        weight = tiny.get_submodule(layer.name).weight
+        assert int((weight == 0).sum()) == layer.zeros
+        if "pooler" not in layer.name:  # which has no gradient
+            changed = (weight != 0) & (weight != before[layer.name])
+            assert int(changed.sum()) > (layer.size - layer.zeros) / 2
+
+
+def test_distillation_adds_the_mean_squared_error_of_the_embeddings(tiny, tiny_folder, tmp_path):
+    prune(tiny, SENTENCES, 0.7)
+    dense = EmbeddingModule(tiny_folder).model.eval()
+
+    def error():
+        found, expected = (torch.tensor(m.eval().encode(SENTENCES)) for m in (tiny, dense))
+        return (found - expected).square().mean()
+
+    before = error()
+    module = EmbeddingModule(tiny, lr=0.01)
+    metrics = fit(module, tmp_path, DistillFromDense(str(tiny_folder), weight=1, temperature=3.0))
+    assert error() < before / 2
+    assert metrics["distillation_loss"] < before
+
+
+def test_a_model_that_reads_no_texts_is_refused():
+    with pytest.raises(ValueError, match="SentenceTransformer, which tokenizes"):
+        EmbeddingModule(torch.nn.Linear(2, 2))
+
+
+def test_a_folder_without_pooling_is_refused(tiny, tmp_path):
+    tiny[0].auto_model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=re.escape("has no modules.json")):
+        EmbeddingModule(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_refused(tiny, tmp_path):
+    tiny.save(str(tmp_path))
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["encoder.layer.1.output.dense.weight"][0, 0] = float("nan")
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"layer\.1\.output\.dense holds NaN"):
+        EmbeddingModule(tmp_path)

@@ -1,0 +1,162 @@
+"""A sentence embedding model as a LightningModule."""
+
+import os
+import warnings
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import SpearmanCorrCoef
+
+from wanda_lightning.common.aliases import Kwargs, StrPath
+from wanda_lightning.common.atomic_write import atomic_folder
+from wanda_lightning.common.checks import check_flags
+from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.model_source import ModelSource
+from wanda_lightning.common.text_features import reads_texts
+from wanda_lightning.modules.model_loading import load_embedding_model
+from wanda_lightning.units.fit_configuration import refuse_unloadable
+from wanda_lightning.units.shrink import Shrunk, shrunk
+
+Features = Mapping[str, Any]
+
+
+class EmbeddingModule(L.LightningModule):
+    """A model of sentence-transformers, trained and evaluated on pairs of sentences with a score of their similarity.
+
+    A batch is a mapping with the features of sentences, as the model's `preprocess` or `tokenize` returns them, such as
+    `input_ids` and `attention_mask`. For pairs, the first half of its rows are the first sentences, the second half the
+    second ones, and `score` has the shape (pairs,); `SentenceDataModule` makes such batches. The loss is the squared
+    difference between the cosine similarity and the score, from 0 to 1. The module logs `train_loss`, `val_spearman`
+    and `test_spearman`, the Spearman correlation of the similarities with the scores, times 100; `predict` returns the
+    embeddings.
+
+    Args:
+        model: Hub id or folder of a model of sentence-transformers, or a loaded model.
+        lr: Learning rate of AdamW.
+        weight_decay: Weight decay of AdamW.
+        revision: Branch, tag or commit on the hub.
+        cache_dir: Folder for downloads.
+        trust_remote_code: Run the model code that comes with the checkpoint.
+
+    Raises:
+        ValueError: For a model that tokenizes no texts, a folder without pooling, or weights that cannot be used.
+        OSError: If neither a local folder nor the hub has the model in safetensors.
+        ImportError: If sentence-transformers is missing.
+    """
+
+    def __init__(
+        self,
+        model: StrPath | nn.Module,
+        lr: float = 2e-5,
+        weight_decay: float = 0.0,
+        revision: str = "main",
+        cache_dir: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        self._hub: Kwargs = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
+        if isinstance(model, (str, os.PathLike)):
+            model = os.fspath(model)
+            self.save_hyperparameters()
+            self.model = load_embedding_model(ModelSource(model, revision, **self._hub))
+        elif reads_texts(model):
+            self.save_hyperparameters(ignore=["model"])
+            self.model = model
+        else:
+            raise UserError(
+                f"model must be a SentenceTransformer, which tokenizes texts itself, but it is a "
+                f"{type(model).__name__}. Give one, or its name."
+            )
+        self.model.train()
+        self.lr = lr
+        self.weight_decay = weight_decay
+        with warnings.catch_warnings():
+            # It keeps all similarities, which are one number for each pair.
+            warnings.filterwarnings("ignore", "Metric .* will save all targets")
+            self._spearman = SpearmanCorrCoef()
+
+    @property
+    def pruning_target(self) -> nn.Module:
+        """The module that the pruning callbacks prune: the model itself."""
+        return self.model
+
+    def forward(self, features: Features) -> Tensor:
+        """Return the embeddings of sentences, of shape (sentences, width)."""
+        return self.model(dict(features))["sentence_embedding"]
+
+    def calibration_predictions(self, batch: Features) -> Tensor:
+        """Run the sentences of the batch through the model and return their embeddings."""
+        return self(batch)
+
+    calibration_step = calibration_predictions
+
+    def _similarities(self, batch: Features) -> Tensor:
+        """Return the cosine similarity of each pair."""
+        first, second = self(batch).float().chunk(2)
+        return F.cosine_similarity(first, second)
+
+    def training_step(self, batch: Features, batch_idx: int) -> Tensor:
+        """Return the mean squared difference between the similarities and the scores."""
+        scores = batch["score"]
+        loss = F.mse_loss(self._similarities(batch), scores)
+        self.log("train_loss", loss, prog_bar=True, batch_size=len(scores))
+        return loss
+
+    def validation_step(self, batch: Features, batch_idx: int) -> None:
+        """Add the pairs to the correlation."""
+        if batch_idx == 0:  # an earlier loop may have been interrupted
+            self._spearman.reset()
+        self._spearman.update(self._similarities(batch), batch["score"])
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val_spearman`."""
+        self.log("val_spearman", 100 * self._spearman.compute(), prog_bar=True)
+
+    def on_test_epoch_end(self) -> None:
+        """Log `test_spearman`."""
+        self.log("test_spearman", 100 * self._spearman.compute())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Return AdamW over the parameters that require a gradient."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
+
+    def load_dense_model(self, name: StrPath) -> nn.Module:
+        """Load another model of sentence-transformers by its hub id or folder, from the same cache."""
+        return load_embedding_model(ModelSource(os.fspath(name), **self._hub))
+
+    def save_pretrained(
+        self, folder: StrPath, overwrite: bool = False, shrink: bool = False
+    ) -> Shrunk | None:
+        """Write a folder of sentence-transformers atomically. Call it in one process only.
+
+        Args:
+            folder: Path to write; `SentenceTransformer(folder)` loads it, after `shrink` perhaps with
+                `trust_remote_code=True` only, which the result then says.
+            overwrite: Replace a folder that is not empty, with everything in it.
+            shrink: Leave out the hidden units that are zero on both sides; see `wanda_lightning.shrink`. The module in
+                memory keeps them.
+
+        Returns:
+            With `shrink`, what was left out.
+
+        Raises:
+            FileExistsError: If the folder is not empty and `overwrite` is false.
+            ValueError: With `shrink`, if there is nothing to leave out.
+        """
+        check_flags(shrink=shrink)
+        model: Any = self.model
+        with (
+            atomic_folder(folder, overwrite) as new,
+            shrunk(model) if shrink else nullcontext() as result,
+        ):
+            refuse_unloadable(model[0].auto_model)
+            model.save(str(new), create_model_card=False)
+        return result
