@@ -2,18 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SMOLLM2 := .cache/SmolLM2-135M-Instruct.Q4_1.gguf
+MINILM := .cache/all-MiniLM-L6-v2
 
 # Sizes of the demo: smaller is faster.
 NSAMPLES ?= 32
 SEQLEN ?= 512
 LIMIT ?= 32
 
-.PHONY: install test types units test-all test-oldest demo demo-vision benchmark results package notebooks docs linkcheck clean
+.PHONY: install test types units test-all test-oldest demo demo-embedding demo-vision benchmark results package notebooks docs linkcheck clean
 
 install: .venv/test
 
 # The demos need less than the tests, and no libraries that print warnings when they are imported.
-.venv/demo .venv/docs .venv/test: pyproject.toml
+.venv/demo .venv/docs .venv/embedding .venv/test: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable '.[$(@F)]'
 	touch $@
@@ -51,6 +52,11 @@ demo: .venv/demo $(SMOLLM2)
 demo-vision: .venv/demo
 	$(BIN)/python recipes/vision/demo.py
 
+# all-MiniLM-L6-v2 without half and three quarters of its hidden units: a table, the smaller folder out/embedding, and a
+# page about it.
+demo-embedding: .venv/demo .venv/embedding $(MINILM)
+	$(BIN)/python recipes/embedding/demo.py --model $(MINILM)
+
 benchmark: .venv/demo $(SMOLLM2)
 	$(BIN)/python benchmarks/pruning.py --model $(SMOLLM2)
 
@@ -66,6 +72,9 @@ package: .venv/test
 
 $(SMOLLM2): | .venv/demo
 	$(BIN)/python recipes/llm/get_smollm2.py .cache
+
+$(MINILM): | .venv/demo
+	$(BIN)/python recipes/embedding/get_minilm.py .cache
 
 # The notebooks, run from the top, with their outputs in the files.
 notebooks: .venv/docs

@@ -11,7 +11,9 @@ import pytest
 import timm
 import torch
 import yaml
+from sentence_transformers import SentenceTransformer
 from support.cli import IGNORED_WARNINGS, run
+from support.embedding import SENTENCES, save_pairs, spearman_by_hand
 from support.layers import assert_same
 from support.mlps import relu_mlp
 from support.reports import read_json
@@ -203,3 +205,26 @@ def test_a_smaller_model_is_trained_longer_and_a_lost_step_repeated(inputs, monk
     )
     assert_same(first, again)
     assert not any(torch.equal(weight, pruned[name]) for name, weight in first.items())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("with_pairs", [False, True])
+def test_a_smaller_encoder_is_measured_and_saved(
+    with_pairs, tiny_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    Path("sentences.txt").write_text("\n\n".join(SENTENCES))
+    options = f"--model {tiny_folder} --calibration sentences.txt --num_samples 40 --rounds 1"
+    if with_pairs:
+        options += f" --pairs {save_pairs(Path('pairs.csv'))}"
+    monkeypatch.setattr(sys, "argv", ["demo", *options.split()])
+    runpy.run_path(str(ROOT / "recipes/embedding/demo.py"), run_name="__main__")
+
+    model = SentenceTransformer("out/embedding", device="cpu")
+    assert model[0].auto_model.config.intermediate_size == 16
+    assert Path("out/embedding.html").is_file()
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    (dense,) = [row for row in rows if row[1:2] == ["dense"]]
+    score = spearman_by_hand(SentenceTransformer(str(tiny_folder), device="cpu"))
+    assert f"{score if with_pairs else 100:.2f}" in dense

@@ -1,0 +1,145 @@
+"""Take hidden units out of a sentence encoder, and show what is left of its quality, its size and its time.
+
+    make demo-embedding                                       (all-MiniLM-L6-v2 from PyPI)
+    python recipes/embedding/demo.py --model FOLDER --calibration sentences.txt --pairs pairs.csv
+
+Nothing is trained, and no scores are read before the measurement. Without `--pairs`, the score is how well the
+similarities of sentences that were not used for calibration keep the order that the dense model gives them: their
+Spearman correlation, times 100. With `--pairs`, a file with the columns sentence1, sentence2 and score, such as STS-B's
+test set, or `stsb` for that of the hub, it is the correlation with the scores. Result: a table, the page
+out/embedding.html, and the model without half of its units in out/embedding, which `SentenceTransformer` loads.
+"""
+
+import argparse
+import copy
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads leave the cores to others
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+from torchmetrics.functional import spearman_corrcoef
+
+from wanda_lightning import EmbeddingModule, SentenceDataModule, prune, shrink
+
+SPARSITIES = (0.5, 0.75)  # shares of the hidden units
+HELD_OUT = 3  # every third sentence is only compared with the dense model
+FOLDER = Path("out/embedding")
+PAGE = Path("out/embedding.html")
+
+Score = Callable[[SentenceTransformer], float]
+
+
+def embeddings(model: SentenceTransformer, sentences: list[str]) -> Tensor:
+    """Return normalized embeddings, of shape (sentences, width)."""
+    return model.encode(sentences, convert_to_tensor=True, normalize_embeddings=True).cpu()
+
+
+def score_of_pairs(data: SentenceDataModule) -> Score:
+    """Return the score on pairs: the correlation of similarities with the scores in the file."""
+    first, second, scores = zip(*data.evaluation_pairs, strict=True)
+
+    def score(model: SentenceTransformer) -> float:
+        similarities = (embeddings(model, [*first]) * embeddings(model, [*second])).sum(dim=1)
+        return 100 * float(spearman_corrcoef(similarities, torch.tensor(scores)))
+
+    return score
+
+
+def score_beside(dense: SentenceTransformer, sentences: list[str]) -> Score:
+    """Return the score without pairs: the correlation of all similarities with those of the dense model."""
+    rows, columns = torch.triu_indices(len(sentences), len(sentences), offset=1)
+
+    def similarities(model: SentenceTransformer) -> Tensor:
+        vectors = embeddings(model, sentences)
+        return (vectors @ vectors.T)[rows, columns]
+
+    expected = similarities(dense)
+    return lambda model: 100 * float(spearman_corrcoef(similarities(model), expected))
+
+
+def size_of(model: SentenceTransformer) -> float:
+    """Return the MiB of all parameters."""
+    return sum(parameter.nbytes for parameter in model.parameters()) / 2**20
+
+
+def speeds(models: list[SentenceTransformer], sentences: list[str], rounds: int) -> list[float]:
+    """Return how many times as fast as the first model each is: medians of rounds in which they take turns."""
+    times: list[list[float]] = [[] for _ in models]
+    for number in range(rounds + 1):
+        for model, own_times in zip(models, times, strict=True):
+            start = time.perf_counter()
+            model.encode(sentences)
+            if number:  # the first round warms up
+                own_times.append(time.perf_counter() - start)
+    medians = [median(own_times) for own_times in times]
+    return [medians[0] / own for own in medians]
+
+
+def main() -> None:
+    """Prune copies of the model, measure all of them, and save the one without half of its units."""
+    parser = argparse.ArgumentParser(description="Take hidden units out of a sentence encoder.")
+    parser.add_argument("--model", required=True, help="folder or hub id of sentence-transformers")
+    parser.add_argument("--calibration", default="python-docs", help="text to cut into sentences")
+    parser.add_argument("--num_samples", type=int, default=1024, help="calibration sentences")
+    parser.add_argument("--pairs", help="stsb, or a .csv file with two sentences and a score")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of the clock")
+    options = parser.parse_args()
+
+    dense = EmbeddingModule(options.model).eval().model
+    data = SentenceDataModule(
+        dense,
+        options.calibration,
+        options.pairs or "stsb",
+        num_samples=options.num_samples * HELD_OUT // (HELD_OUT - 1),
+    )
+    sentences = data.calibration_sentences
+    held_out = sentences[::HELD_OUT]
+    calibration = [text for index, text in enumerate(sentences) if index % HELD_OUT]
+    if options.pairs:
+        score = score_of_pairs(data)
+        heading = f"Spearman x 100, {options.pairs}"
+    else:
+        score = score_beside(dense, held_out)
+        heading = "Spearman x 100, beside dense"
+
+    models = {"dense": dense}
+    for sparsity in SPARSITIES:
+        name = f"without {sparsity:.0%} of the units"
+        model = copy.deepcopy(dense)
+        report = prune(model, calibration, sparsity, pattern="structured")
+        print(f"{name}: {shrink(model)}")
+        models[name] = model
+        if sparsity == SPARSITIES[0]:
+            report.save(PAGE)
+            model.save(str(FOLDER), create_model_card=False)
+
+    one = speeds([*models.values()], held_out[:1], 20 * options.rounds)
+    many = speeds([*models.values()], held_out, options.rounds)
+    table = Table(
+        title=f"{options.model}, calibrated on {len(calibration)} sentences of {options.calibration}"
+    )
+    table.add_column("model")
+    for title in (heading, "MiB", "times as fast, one sentence", "times as fast, many"):
+        table.add_column(title, justify="right")
+    for index, (name, model) in enumerate(models.items()):
+        numbers = (
+            f"{score(model):.2f}",
+            f"{size_of(model):.1f}",
+            f"{one[index]:.2f}",
+            f"{many[index]:.2f}",
+        )
+        table.add_row(name, *numbers)
+    Console(width=max(110, Console().width)).print(table)
+    print(f"The smaller model is in {FOLDER}, and the page about it is {PAGE}.")
+
+
+if __name__ == "__main__":
+    main()
