@@ -54,6 +54,11 @@ QUANTITIES = {
     "prefill_32": "tokens of a prompt per second with a batch of 32 / those of the dense float32 model",
     "decode_1": "generated tokens per second with a batch of 1 / those of the dense float32 model",
     "decode_32": "generated tokens per second with a batch of 32 / those of the dense float32 model",
+    "loads": "1 if a program loads the model, otherwise 0; then the note says why",
+    "continuations": "number of prompts that are continued greedily",
+    "same_continuations": "number of them that transformers continues with the same tokens",
+    "requests_1": "new tokens per second of 1 request with 128 tokens and 128 new ones / those of the dense model",
+    "requests_16": "the same for 16 requests at a time",
     "images_1": "images per second with a batch of 1 / those of the dense float32 model",
     "images_32": "images per second with a batch of 32 / those of the dense float32 model",
 }
@@ -86,7 +91,7 @@ class Result:
         measured: Numbers by the names in `QUANTITIES`.
         correct: Which evaluation images are classified correctly: hexadecimal digits, of which each bit is an image.
         machine: Processor or GPU.
-        versions: Versions of packages.
+        versions: Versions of packages, of the environment of the script and of others that it used.
         command: Repeats the run. The folders of files are left out. None for code that is not in this repository.
         date: Day of the run; for runs before 0.2.0, day of the commit that added it.
         note: What a reader should know about the numbers; for code that is not in this repository, what was run.
@@ -215,7 +220,9 @@ class Runs:
     def save(self, planned, measured):
         """Return the run with its numbers, and with `correct` if it is among them, after printing and saving it."""
         numbers = dict(measured)
-        result = replace(planned, correct=numbers.pop("correct", None), measured=numbers, **here())
+        fields = here()
+        fields["versions"] |= planned.versions or {}
+        result = replace(planned, correct=numbers.pop("correct", None), measured=numbers, **fields)
         shown = ", ".join(f"{key} {number:.4g}" for key, number in numbers.items())
         print(f"{result.name}: {shown}", flush=True)
         if self.folder:

@@ -18,16 +18,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-import gguf
 import llama_cpp
 import nncf
 import numpy as np
 import onnx
-import onnxruntime
 import openvino
 import pandas as pd
 import torch
 import worth
+from exporting import to_gguf, to_onnx
 from measuring import MIB, LanguageModel, Photos, run_from_shell, seconds
 from onnxruntime.quantization import (
     QuantType,
@@ -35,85 +34,17 @@ from onnxruntime.quantization import (
     quantize_dynamic,
     quantize_static,
 )
+from programs import open_gguf, open_onnx, open_openvino
 from result import Result, Runs
 from torch import Tensor, nn
-from transformers import DynamicCache
-from worth import BATCHES, NEW, PROMPT, Measured, Rows, narrower, rows_of_units
+from worth import NEW, PROMPT, Measured, Rows, narrower, rows_of_units
 
 from wanda_lightning import Fisher
 from wanda_lightning.modules import WindowPerplexity
 
 FILES = Path("out/runtimes")
-THREADS = 2
 # Outputs and the cache for images, or for tokens, their cache, and the positions with logits.
 Run = Callable[..., Any]
-
-
-class WithCache(nn.Sequential):
-    """A causal language model whose cache is a list of tensors: keys and values of each layer."""
-
-    def forward(self, ids, kept, past):
-        """Return the logits at the positions `kept`, and the cache with the new tokens."""
-        size, new = ids.shape
-        known = past[0].shape[2]
-        positions = torch.arange(new) + known
-        mask = torch.arange(known + new)[None] <= positions[:, None]
-        output = self[0](
-            input_ids=ids,
-            cache=DynamicCache(list(zip(past[::2], past[1::2], strict=True))),
-            position_ids=positions[None],
-            attention_mask=mask[None, None].expand(size, 1, -1, -1),
-            logits_to_keep=kept,
-        )
-        cache = []
-        for layer in output.cache.layers:
-            cache += [layer.keys, layer.values]
-        return output.logits, cache
-
-
-def to_onnx(model, file):
-    """Write float32 for any number of images, or of sequences, tokens and cached tokens."""
-    if hasattr(model, "pretrained_cfg"):
-        example = (torch.zeros(2, *model.pretrained_cfg["input_size"]),)
-        sizes = ({0: "batch"},)
-    else:
-        # 7 tokens after 5 in the cache, with the logits of 3: numbers that are not equal by chance.
-        config = model.config
-        shape = (2, config.num_key_value_heads, 5, config.head_dim)
-        past = [torch.zeros(shape) for _ in range(2 * config.num_hidden_layers)]
-        example = (torch.ones(2, 7, dtype=torch.long), torch.tensor([3, 5, 6]), past)
-        sizes = ({0: "batch", 1: "new"}, {0: "kept"}, [{0: "batch", 2: "past"}] * len(past))
-        model = WithCache(model).eval()
-    torch.onnx.export(model, example, file, dynamo=True, dynamic_shapes=sizes)
-
-
-def to_gguf(template, model, file):
-    """Write a Llama in float32 with the tokenizer of a .gguf file; as `deci` if layers differ in width."""
-    widths = [layer.mlp.gate_proj.out_features for layer in model.model.layers]
-    family = "llama" if len(set(widths)) == 1 else "deci"
-    writer = gguf.GGUFWriter(file, family)
-    written = ("general.architecture", "general.file_type")  # by the writer itself
-    for name, field in gguf.GGUFReader(template).fields.items():
-        if name.endswith(".feed_forward_length"):
-            writer.add_feed_forward_length(widths if family == "deci" else widths[0])
-        elif not name.startswith("GGUF.") and name not in written:
-            key = name.replace("llama.", f"{family}.")
-            writer.add_key_value(key, field.contents(), *field.types[:2])
-
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, len(widths))
-    heads = {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}
-    for name, weight in model.named_parameters():  # a tied one comes once
-        array = weight.detach().numpy()
-        count = heads.get(name.split(".")[-2])
-        if count:
-            # llama.cpp rotates pairs of neighbors, and transformers the two halves of a head.
-            array = array.reshape(count, 2, -1, array.shape[-1]).swapaxes(1, 2).reshape(array.shape)
-        writer.add_tensor(names.get_name(name, (".weight",)), np.ascontiguousarray(array))
-
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def convert_gguf(numbers, dense, file, _):
@@ -167,83 +98,6 @@ def convert_openvino(numbers, dense, file, images):
     elif numbers == "int8, weights only":
         model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
     openvino.save_model(model, file, compress_to_fp16=False)
-
-
-def open_onnx(file):
-    """Load an .onnx file."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = THREADS
-    session = onnxruntime.InferenceSession(file, options)
-    inputs = session.get_inputs()
-    names = [entry.name for entry in inputs]
-    shape = inputs[-1].shape
-    to_value = onnxruntime.OrtValue.ortvalue_from_numpy
-
-    def run(batch, past=None, *kept):
-        if not past:
-            none = np.zeros((len(batch), shape[1], 0, shape[3]), np.float32)
-            past = [to_value(none) for _ in inputs[2:]]
-        values = [*map(to_value, (batch, *kept)), *past]
-        logits, *cache = session.run_with_ort_values(None, dict(zip(names, values, strict=True)))
-        return logits.numpy(), cache
-
-    return run
-
-
-def open_openvino(file):
-    """Load an .xml file."""
-    choices = {"INFERENCE_NUM_THREADS": THREADS, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(file, "CPU", choices)
-    heads, width = (compiled.inputs[-1].partial_shape[axis].get_length() for axis in (1, 3))
-
-    def run(batch, past=None, *kept):
-        if not past:
-            none = np.zeros((len(batch), heads, 0, width), np.float32)
-            past = [openvino.Tensor(none) for _ in compiled.inputs[2:]]
-        request = compiled.create_infer_request()  # its outputs are inputs of the next one
-        request.infer(dict(enumerate([batch, *kept, *past])), share_inputs=True)
-        return request.output_tensors[0].data, request.output_tensors[1:]
-
-    return run
-
-
-def open_gguf(file):
-    """Load a .gguf file. The cache is in the context; what `Run` returns is the number of its tokens."""
-    parameters = llama_cpp.llama_model_default_params()
-    model = llama_cpp.llama_model_load_from_file(str(file).encode(), parameters)
-    choices = llama_cpp.llama_context_default_params()
-    choices.n_ctx = max(BATCHES) * 512
-    choices.n_seq_max = max(BATCHES)
-    choices.n_batch = max(BATCHES) * PROMPT
-    choices.n_threads = choices.n_threads_batch = THREADS
-    context = llama_cpp.llama_init_from_model(model, choices)
-    words = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
-
-    def run(ids, past, kept):
-        size, new = ids.shape
-        start = past or 0
-        llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(context), -1, start, -1)
-
-        batch = llama_cpp.llama_batch_init(ids.size, 0, 1)
-        batch.n_tokens = ids.size
-        positions = np.arange(new)
-        columns = {
-            "token": ids.ravel(),
-            "pos": np.tile(start + positions, size),
-            "n_seq_id": 1,
-            "logits": np.tile(np.isin(positions, kept), size),
-        }
-        for name, column in columns.items():
-            np.ctypeslib.as_array(getattr(batch, name), (ids.size,))[:] = column
-        for index in range(ids.size):
-            batch.seq_id[index][0] = index // new
-
-        assert not llama_cpp.llama_decode(context, batch)
-        llama_cpp.llama_batch_free(batch)
-        logits = llama_cpp.llama_get_logits(context)
-        return np.ctypeslib.as_array(logits, (size, len(kept), words)), start + new
-
-    return run
 
 
 PROGRAMS = {

@@ -14,6 +14,7 @@ from statistics import linear_regression, mean
 import numpy as np
 from result import OURS, from_hexadecimal, read_table
 from scipy.stats import sem
+from servers import SERVERS
 
 ROOT = Path(__file__).parents[1]
 LABELS = {
@@ -708,6 +709,35 @@ def runtimes():
     return "\n\n".join(parts)
 
 
+def serving():
+    """Which servers load smaller models, whether they write what transformers writes, and how fast."""
+    runs = in_order(read_table("serving"))
+    servers = list(SERVERS)
+    runs.sort(key=lambda run: (servers.index(run.case["server"]), not run.calibration))
+    cells = []
+    for run in runs:
+        server = run.case["server"]
+        family, _, _ = run.model.partition("-")
+        name = f"{family}, {_worth_name(run)}"
+        cells.append((name, f"{server} {run.versions[server]}", served(run)))
+    return grid("", cells)
+
+
+def served(run):
+    """Return how a server runs a model: the cell of the table."""
+    if not run.measured["loads"]:
+        if "Expected shape" in run.note:
+            return "no: it has one width for all layers"
+        return f"no: {run.note}"
+    parts = ["yes"]
+    same = run.measured["same_continuations"]
+    if same < run.measured["continuations"]:
+        parts.append(f"{same} of {run.measured['continuations']} equal")
+    if "requests_16" in run.measured:
+        parts.append(" / ".join(number(run, f"requests_{size}", ".2f") for size in (1, 16)))
+    return ", ".join(parts)
+
+
 def _worth_name(result):
     name, _, details = label(result).partition(", ")
     if result.goal != "dense":
@@ -738,5 +768,6 @@ _TABLES = (
     training,
     worth,
     runtimes,
+    serving,
 )
 FRAGMENTS = {table.__name__: table for table in _TABLES}

