@@ -709,9 +709,9 @@ def runtimes():
     return "\n\n".join(parts)
 
 
-def serving():
+def serving(method=""):
     """Which servers load smaller models, whether they write what transformers writes, and how fast."""
-    runs = in_order(read_table("serving"))
+    runs = [run for run in in_order(read_table("serving")) if run.method.endswith(method)]
     servers = list(SERVERS)
     runs.sort(key=lambda run: (servers.index(run.case["server"]), not run.calibration))
     cells = []
