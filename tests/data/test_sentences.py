@@ -50,10 +50,9 @@ def test_a_batch_of_pairs_has_the_second_sentences_below_the_first(tmp_path):
     path = save_pairs(tmp_path / "pairs.csv")
     data = SentenceDataModule(Letters(), evaluation=path, batch_size=5, limit=7)
     first, last = data.val_dataloader()
-    assert [text_of(row) for row in first["input_ids"]] == [
-        *(pair[0] for pair in PAIRS[:5]),
-        *(pair[1] for pair in PAIRS[:5]),
-    ]
+    first_sentences = [pair[0] for pair in PAIRS[:5]]
+    second_sentences = [pair[1] for pair in PAIRS[:5]]
+    assert [text_of(row) for row in first["input_ids"]] == first_sentences + second_sentences
     assert last["score"].tolist() == pytest.approx([PAIRS[5][2] / 5, PAIRS[6][2] / 5])
 
 

@@ -76,6 +76,25 @@ def test_wrong_texts_are_refused_before_the_model_runs(tiny, texts, message):
         prune(tiny, texts)
 
 
+class OwnTokenizer(torch.nn.Module):
+    """Tokenizes texts, but takes the features by name, as models of transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 4)
+
+    def tokenize(self, texts):
+        return {"x": torch.ones(len(texts), 4)}
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def test_a_model_that_tokenizes_may_take_features_by_name():
+    report = prune(OwnTokenizer(), ["one text", "another"])
+    assert [layer.name for layer in report.layers] == ["layer"]
+
+
 def test_texts_for_a_model_without_tokenizer_are_refused():
     with pytest.raises(ValueError, match="Linear has no method `tokenize`"):
         prune(torch.nn.Linear(4, 4), ["a cat ."])

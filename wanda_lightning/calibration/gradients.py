@@ -38,7 +38,7 @@ def gradient_statistics(
     their last dimension, or in dimension 1 if they have four or more, as in segmentation. Vectors z, such as
     embeddings, predict a normal distribution N(z, I), whose Fisher information is that of the squared error: the
     gradient at z is a standard normal direction, and the sums estimate J^T J (Martens 2020, "New insights and
-    perspectives on the natural gradient method", section 9.2). `has_vectors` says which of the two an output is.
+    perspectives on the natural gradient method"). `has_vectors` says which of the two an output is.
 
     The target of a sample depends on its index in the calibration data and on its predictions, but not on its batch or
     process. Each sample has its own backward pass, in which blocks are recomputed. Up to 32 samples with one prediction

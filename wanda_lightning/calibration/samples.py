@@ -272,10 +272,13 @@ def forward_batch(model: nn.Module, batch: Any) -> object:
     """Call a model on a batch.
 
     A mapping becomes keyword arguments, without those that the model's forward does not take. A tuple or list is
-    replaced by its first element. Anything else is passed unchanged, and so is a mapping for a model that reads texts.
+    replaced by its first element. Anything else is passed unchanged, and so is a mapping for a model that reads texts
+    and has no argument with one of its names.
     """
-    if isinstance(batch, Mapping) and not reads_texts(model):
-        return model(**_accepted(model, batch))
+    if isinstance(batch, Mapping):
+        arguments = inspect.signature(model.forward).parameters
+        if not reads_texts(model) or batch.keys() & arguments.keys():
+            return model(**_accepted(model, batch))
     return model(batch[0] if isinstance(batch, tuple | list) else batch)
 
 
