@@ -281,7 +281,7 @@ class ModuleAttributes:
 
     def __init__(self, model: nn.Module | None) -> None:
         # Each module with a dictionary of its attributes, or of its buffers.
-        self._places: list[tuple[nn.Module, Attributes]] = []
+        self._places = []
         for module in model.modules() if model is not None else ():
             # Most modules are PyTorch's own, which set nothing in a forward pass.
             if not type(module).__module__.startswith("torch.nn."):

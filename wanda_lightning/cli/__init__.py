@@ -3,8 +3,6 @@
 Neither torch nor a model library is imported before the options are known, so that help and refusals appear at once.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import traceback

@@ -3,8 +3,6 @@
 Libraries are imported when a command runs, so that help and wrong options do not wait for them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Run `evaluate`: measure models side by side."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -71,7 +69,7 @@ def _prepare(models: Models, data: Measurements) -> dict[str, _Prepared]:
     if models.dense:
         sources.insert(0, (models.dense, None))
 
-    prepared: dict[str, _Prepared] = {}
+    prepared = {}
     for name, checkpoint in sources:
         # One model may be given with several weights, which the name of the file distinguishes.
         title = " ".join(filter(None, (name, checkpoint)))
@@ -100,7 +98,7 @@ def _refuse_other_tokens(texts: TextDataModule, first: Any, name: str) -> None:
 def _measure_one(models: Models, data: Measurements, tasks: Kwargs, prepared: _Prepared) -> Results:
     """Load a language model; measure sparsity, perplexity or accuracy, and the tasks."""
     module = prepared.classifier or load(models, prepared.name)
-    results: Results = {"sparsity": sparsity_of(module.model)}
+    results = {"sparsity": sparsity_of(module.model)}
     if prepared.data is not None:
         results |= _results(measure(module, prepared.data), prepared.data)
     if tasks:

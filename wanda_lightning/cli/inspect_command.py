@@ -1,7 +1,5 @@
 """Run `inspect`: show what would be pruned, without the weights."""
 
-from __future__ import annotations
-
 from itertools import groupby
 from typing import Any
 

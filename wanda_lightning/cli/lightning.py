@@ -1,7 +1,5 @@
 """`wanda-lightning fit|validate|test|predict`: run the Trainer on a YAML recipe."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Measure a model with one validation loop: its metrics, and its speed."""
 
-from __future__ import annotations
-
 import logging
 from time import perf_counter
 from typing import Any

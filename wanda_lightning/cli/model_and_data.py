@@ -1,7 +1,5 @@
 """Load the model that a command names, and the data to calibrate and measure it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from wanda_lightning.cli.options import Data, Measurements, Model, Models

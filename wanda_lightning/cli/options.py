@@ -3,8 +3,6 @@
 cyclopts makes names, types, defaults, help and refusals from these classes.
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 import shlex
@@ -32,7 +30,7 @@ def split_names(type_: Any, tokens: Iterable[Any]) -> tuple[str, ...]:
         >>> split_names(None, [Token(value="lm_head, *.down_proj"), Token(value="re:x{1,3}")])
         ('lm_head', '*.down_proj', 're:x{1,3}')
     """
-    names: list[str] = []
+    names = []
     for token in tokens:
         if token.value.startswith("re:"):
             names.append(token.value)

@@ -1,7 +1,5 @@
 """Print lines and tables as they are, on a terminal and in files."""
 
-from __future__ import annotations
-
 from rich.console import Console
 from rich.table import Table
 

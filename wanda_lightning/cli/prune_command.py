@@ -3,8 +3,6 @@
 Everything is on disk before a word is printed.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress

@@ -1,7 +1,5 @@
 """Text by a language model after a few prompts, for the page of a report."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 

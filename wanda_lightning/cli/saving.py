@@ -1,7 +1,5 @@
 """Write the results of a run beside the saved model, and upload the model."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Run `shrink`: take out hidden units that are zero, without pruning."""
 
-from __future__ import annotations
-
 from wanda_lightning.cli.model_and_data import load
 from wanda_lightning.cli.options import Folder, Model
 from wanda_lightning.cli.printing import print_line

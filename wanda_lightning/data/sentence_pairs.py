@@ -49,7 +49,7 @@ def _pairs_in_file(source: str) -> list[Pair]:
     # utf-8-sig reads a file with or without a byte order mark.
     with Path(source).expanduser().open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
-        names: Sequence[str] = reader.fieldnames or ()
+        names = reader.fieldnames or ()
         columns = _COLUMNS if set(_COLUMNS) <= set(names) else names
         if len(columns) != len(_COLUMNS):
             raise UserError(

@@ -1,7 +1,5 @@
 """The model card of a pruned model: method, results, and code that loads the model; its results for the hub."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Upload the folder of a model to the Hugging Face hub."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

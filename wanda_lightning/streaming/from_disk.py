@@ -148,7 +148,7 @@ def _what_determines(config: PruningConfig, checkpoint: Checkpoint, batches: lis
     """Return the choices and data that determine the result, which a run that continues another must share."""
     model_config = checkpoint.model.config.to_dict()
     related = {key: value for key, value in model_config.items() if key not in _UNRELATED}
-    determines: Kwargs = {
+    determines = {
         **config.describe(),
         "dtype": str(checkpoint.model.dtype),
         "device": checkpoint.device.type,

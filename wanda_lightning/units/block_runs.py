@@ -1,7 +1,5 @@
 """Run a block on parked calls before and after a change of its weights, and compare the results."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -136,7 +134,7 @@ class BlockRuns:
 
     def _run_again(self, index: int, watched: Sequence[nn.Module] = ()) -> _Record:
         call = self._calls[index]
-        records: list[_Record] = []
+        records = []
 
         def run(*args: Any, **kwargs: Any) -> None:
             records.append(self._run(call, args, kwargs, watched)[1])

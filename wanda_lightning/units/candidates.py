@@ -5,8 +5,6 @@ that reads them. This file proposes candidates by shapes alone. The caller measu
 of model families is needed: a block must compute the same with units that are zero as without them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

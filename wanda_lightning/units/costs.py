@@ -1,7 +1,5 @@
 """What a hidden unit costs: parameters, multiply-adds, or a share of the time of its block."""
 
-from __future__ import annotations
-
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence

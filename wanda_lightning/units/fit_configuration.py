@@ -4,8 +4,6 @@ If no attributes of the configuration give the shapes of the model, it gets the 
 of `modeling_shrunk.py`, which reads them.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 from collections.abc import Callable, Iterator

@@ -5,8 +5,6 @@ the meta device: a setting is right if more shapes fit. `fit_configuration.py` d
 transformers, `timm_arguments.py` with the arguments of timm. What no setting gives is saved as shapes and widths.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """Permute hidden units inside each block, so that N:M groups keep larger scores; the model computes the same."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial

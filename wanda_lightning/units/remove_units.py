@@ -1,7 +1,5 @@
 """Remove whole hidden units: find those that can leave, choose, and fill them with zeros, which `shrink` takes out."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace

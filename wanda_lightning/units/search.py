@@ -4,8 +4,6 @@ Candidates come from shapes (`candidates.py`). The units of each are changed, an
 shows which candidate is right.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 

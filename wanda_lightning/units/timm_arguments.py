@@ -3,8 +3,6 @@
 If no arguments give the shapes of the model, they are the shapes themselves, and those of `shrunk_model`.
 """
 
-from __future__ import annotations
-
 import inspect
 import itertools
 import math
@@ -166,7 +164,7 @@ def _build(name: str, arguments: Kwargs) -> nn.Module:
 
 def _all_arguments(family: Any, name: str, arguments: Kwargs) -> Kwargs:
     """Return all arguments that the class of a model gets from timm, with defaults."""
-    settings: Kwargs = {}
+    settings = {}
     original = family.__init__
 
     # timm adds arguments of its own to those of the caller, and only the class sees all.
