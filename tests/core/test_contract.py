@@ -296,7 +296,7 @@ def test_layers_solved_together_equal_layers_solved_alone(criterion, together, s
             {"weigh_rows": True},
             "weigh_rows of Unstructured must be False for group='row'",
         ),
-        (NM, {"n": 4, "m": 4}, "whole numbers with 1 <= N < M <= 1000000, but it is 4:4"),
+        (NM, {"n": 4, "m": 4}, "n of NM must be a whole number of at least 1 and below 4, but it"),
         (
             PerLayer,
             {"sparsities": {"last": 1.0}},

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,11 +41,20 @@ class Observation:
     pooled: Mapping[str, int] = field(default_factory=dict)
 
 
-class StopObserver(Protocol):
+class StopObserver(ABC):
     """Measures what a removal needs while samples run."""
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
 
     def __call__(self, stop: Stop, calls: Iterable[Call]) -> Observation:
         """Run the calls that wait at a stop, on copies, and return what they show."""
+        with self.processes.fail_together():
+            for call in calls:
+                with self.collect(stop, call.sample):
+                    # The module runs again after it is pruned, and may write into its inputs.
+                    call.run(on_copies=stop.module is not None)
+        return self.finish(stop)
 
     def whole_model(self, stop: Stop, samples: Samples, tick: Action) -> Observation:
         """Run all samples through the model as one stop, and return what they show; `tick` follows each."""
@@ -53,10 +63,21 @@ class StopObserver(Protocol):
         return observation
 
     def watched(self, stop: Stop, call: Call) -> Call:
-        """Return a call that also measures when it runs."""
+        """Return a call that also measures when it runs; `finish` returns what it shows."""
 
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with self.collect(stop, call.sample):
+                return call.forward(*args, **kwargs)
+
+        return replace(call, forward=run)
+
+    @abstractmethod
+    def collect(self, stop: Stop, sample: Sample) -> AbstractContextManager[None]:
+        """Measure while a sample runs in this block."""
+
+    @abstractmethod
     def finish(self, stop: Stop) -> Observation:
-        """Return what the calls that were `watched` have shown, over all processes."""
+        """Return what was measured since the last call, over all processes."""
 
 
 class Observer(StopObserver):
@@ -66,8 +87,8 @@ class Observer(StopObserver):
     """
 
     def __init__(self, needs: frozenset[str], processes: Processes = SINGLE_PROCESS) -> None:
+        super().__init__(processes)
         self.needs = needs
-        self.processes = processes
         self._readings = _Readings()
         self._last_layer = _LayerObservation()
 
@@ -76,20 +97,14 @@ class Observer(StopObserver):
         if _is_layer(stop):  # it need not run: its input is in the parked calls
             return self._read_parked(stop, list(calls))
         self._last_layer = _LayerObservation()
-        with self.processes.fail_together():
-            for call in calls:
-                with self.collect(stop, call.sample):
-                    # The module runs again after it is pruned, and may write into its inputs.
-                    call.run(on_copies=stop.module is not None)
-        return self.finish(stop)
+        return super().__call__(stop, calls)
 
     def watched(self, stop: Stop, call: Call) -> Call:
         """Return a call that also reads the inputs of the stop's layers when it runs; `finish` returns the sums."""
+        if not _is_layer(stop):
+            return super().watched(stop, call)
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            if not _is_layer(stop):
-                with self.collect(stop, call.sample):
-                    return call.forward(*args, **kwargs)
             self._readings.add(self._read(stop, call.sample, input_of(args, kwargs)))
             return call.forward(*args, **kwargs)
 

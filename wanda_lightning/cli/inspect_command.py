@@ -14,7 +14,7 @@ from wanda_lightning.cli.printing import print_line, print_table
 from wanda_lightning.common.wording import quantity
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.engine.prune import removal_of
-from wanda_lightning.models import Inventory, Stop, find_layers
+from wanda_lightning.models import Inventory, Stop, find_layers, number_of_parameters
 from wanda_lightning.modules.model_loading import check_source, model_from_config
 from wanda_lightning.planning.coverage import low_coverage, unfit_layers
 from wanda_lightning.planning.plan import config_for, refuse_nothing_to_prune
@@ -35,7 +35,7 @@ def inspect(config: PruningConfig, options: Model) -> None:
     print_table(_stops_table(inventory, options.model))
     print_table(skipped_table(inventory.skipped))
 
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = number_of_parameters(model)
     weights = sum(layer.size for layer in inventory.layers)
     layers = quantity(len(inventory.layers), "layer")
     stops = quantity(len(inventory.stops), "stop")
@@ -68,8 +68,7 @@ def _memory(model: Any, inventory: Inventory, options: Model) -> str:
     largest = 0
     for name in {*inventory.blocks.values()}:
         if name:  # layers outside of the blocks have an empty one
-            block = model.get_submodule(name)
-            weights = sum(parameter.numel() for parameter in block.parameters())
+            weights = number_of_parameters(model.get_submodule(name))
             largest = max(largest, weights * dtype.itemsize)
 
     # What waits at a block between two visits: its inputs, for all windows.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from wanda_lightning.cli.options import Folder, PruneOptions
 from wanda_lightning.cli.printing import print_line
-from wanda_lightning.common.atomic_write import atomic_write
+from wanda_lightning.common.atomic_write import write_text
 from wanda_lightning.common.wording import one_line
 from wanda_lightning.hub.card import write_card
 from wanda_lightning.hub.upload import list_files, upload
@@ -48,8 +48,7 @@ def _write_log(report: PruningReport, folder: Path, method: str) -> None:
     if run is not None and run.metric:
         columns[METRICS[run.metric].column] = f"{run.after:.4f}"
     lines = ("\t".join(columns), "\t".join(columns.values()))
-    with atomic_write(folder / f"log_{method}.txt") as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_text(folder / f"log_{method}.txt", "".join(f"{line}\n" for line in lines))
 
 
 def upload_saved(results: Folder, files: list[str]) -> None:

@@ -29,6 +29,12 @@ def atomic_write(path: StrPath) -> Iterator[Path]:
         new.unlink(missing_ok=True)
 
 
+def write_text(path: StrPath, text: str) -> None:
+    """Write a text file that appears as a whole or not at all."""
+    with atomic_write(path) as new:
+        new.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def atomic_folder(path: StrPath, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder to fill; its files replace those in `path` if the body ends without an error.

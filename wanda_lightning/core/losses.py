@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.float64 import widened
 
 _AT_ONCE = 2**22  # logits whose probabilities are in memory at the same time, 16 MiB in float32
@@ -62,26 +61,22 @@ class _SummedDivergence(torch.autograd.Function):
         ctx: Any, predicted: Tensor, dense: Tensor, keep: Tensor, temperature: float
     ) -> Tensor:
         # Rows that do not count keep a gradient of 0.
-        ctx.gradient = torch.zeros_like(predicted)
+        gradient = torch.zeros_like(predicted)
         total = widened(predicted.new_zeros(()))
         at_once = max(1, _AT_ONCE // predicted.shape[-1])
         for rows in keep.nonzero().squeeze(1).split(at_once):
-            loss, gradient = divergence(
+            loss, slopes = divergence(
                 predicted[rows].to(total.dtype) / temperature,
                 dense[rows].to(total.dtype) / temperature,
             )
             total += loss
             # Summed, not averaged: divided by many rows, the gradient would be zero in float16.
-            ctx.gradient[rows] = gradient.div_(temperature).to(predicted.dtype)
+            gradient[rows] = slopes.div_(temperature).to(predicted.dtype)
+        ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, None, None]:
-        if ctx.gradient is None:
-            raise UserError(
-                "retain_graph must be False for a loss with distillation: its gradient is computed in place to save "
-                "memory, so its graph can be passed backward only once."
-            )
-        gradient = ctx.gradient
-        ctx.gradient = None
+        (gradient,) = ctx.saved_tensors
+        # In place, which PyTorch notices if the graph is passed backward again.
         return gradient.mul_(slope), None, None, None

@@ -184,12 +184,8 @@ class NM(Pattern):
 
     def __post_init__(self) -> None:
         # So that messages can show the sparsity.
-        allowed = Number(minimum=1, maximum=10**6, whole=True)
-        if self.n not in allowed or self.m not in allowed or self.n >= self.m:
-            raise UserError(
-                "pattern N:M keeps N of every M weights and must have whole numbers with 1 <= N < M <= 1000000, but "
-                f"it is {self.n!r}:{self.m!r}."
-            )
+        check(self, m=Number(minimum=2, maximum=10**6, whole=True))
+        check(self, n=Number(minimum=1, below=self.m, whole=True))
 
     @property
     def group_size(self) -> int:

@@ -18,7 +18,7 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import timm_name
 from wanda_lightning.common.wording import quantity
 from wanda_lightning.data.image_sources import Images, ImageSource, check_source, open_source
-from wanda_lightning.data.loaders import ResumableLoader, silence_worker_advice
+from wanda_lightning.data.loaders import silence_worker_advice, training_loader
 
 Batches = DataLoader[Any]
 
@@ -92,13 +92,9 @@ class ImageDataModule(L.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Open the images, find the transforms, and check that the classes fit the model."""
-        model = self.model
+        model: Any = self.model
         if model is None:
             model = getattr(self.trainer, "lightning_module", None)
-        if model is None:
-            raise UserError(
-                "model must be given, since it decides on the transforms and no Trainer runs a model."
-            )
         self.preprocessing = resolve_preprocessing(model, self.image_size)
         if self.data == "digits":
             self.preprocessing |= {
@@ -183,15 +179,8 @@ class ImageDataModule(L.LightningDataModule):
         """Return the training images, augmented, and shuffled anew in each epoch."""
         # Without persistent workers: those that outlive an epoch would augment with other random numbers than the new
         # ones of a resumed run.
-        return ResumableLoader(
-            self._prepare(self._opened.train, augment=True),
-            self.batch_size,
-            shuffle=True,
-            generator=torch.Generator().manual_seed(self.seed),
-            num_workers=self.num_workers,
-            trainer=self.trainer,
-            seed=self.seed,
-        )
+        images = self._prepare(self._opened.train, augment=True)
+        return training_loader(self, images, num_workers=self.num_workers)
 
     def val_dataloader(self) -> Batches:
         """Return the evaluation images, in their order."""

@@ -6,6 +6,7 @@ from itertools import islice
 from typing import Any
 
 import lightning as L
+import torch
 from torch.utils.data import DataLoader
 
 from wanda_lightning.common.aliases import Kwargs
@@ -39,6 +40,19 @@ class ResumableLoader(DataLoader[Any]):
 
     def load_state_dict(self, state: Kwargs) -> None:
         """Do nothing: the Trainer restores its progress itself."""
+
+
+def training_loader(data: Any, dataset: Any, **options: Any) -> ResumableLoader:
+    """Return the loader of a data module for training: shuffled anew in each epoch, by the seed of the module."""
+    return ResumableLoader(
+        dataset,
+        data.batch_size,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(data.seed),
+        trainer=data.trainer,
+        seed=data.seed,
+        **options,
+    )
 
 
 def silence_worker_advice() -> None:

@@ -15,7 +15,7 @@ from wanda_lightning.common.checks import SEED, check_at_least, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.text_features import SENTENCES, reads_texts, text_features
 from wanda_lightning.common.wording import quantity
-from wanda_lightning.data.loaders import ResumableLoader, silence_worker_advice
+from wanda_lightning.data.loaders import silence_worker_advice, training_loader
 from wanda_lightning.data.sentence_pairs import (
     STSB,
     Pair,
@@ -125,15 +125,7 @@ class SentenceDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> Batches:
         """Return the training pairs, shuffled anew in each epoch."""
-        return ResumableLoader(
-            self.train_pairs,
-            self.batch_size,
-            shuffle=True,
-            generator=torch.Generator().manual_seed(self.seed),
-            collate_fn=self._paired_features,
-            trainer=self.trainer,
-            seed=self.seed,
-        )
+        return training_loader(self, self.train_pairs, collate_fn=self._paired_features)
 
     def val_dataloader(self) -> Batches:
         """Return the evaluation pairs, in their order."""

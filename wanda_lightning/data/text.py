@@ -18,7 +18,7 @@ from wanda_lightning.common.checks import SEED, check_at_least, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
 from wanda_lightning.common.wording import quantity
-from wanda_lightning.data.loaders import ResumableLoader, silence_worker_advice
+from wanda_lightning.data.loaders import silence_worker_advice, training_loader
 from wanda_lightning.data.own_text import sample_windows
 from wanda_lightning.data.text_sources import (
     OWN_TEXT,
@@ -249,14 +249,7 @@ class TextDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> Batches:
         """Return the training windows, shuffled anew in each epoch."""
-        return ResumableLoader(
-            _rows(self.train_windows),
-            self.batch_size,
-            shuffle=True,
-            generator=torch.Generator().manual_seed(self.seed),
-            trainer=self.trainer,
-            seed=self.seed,
-        )
+        return training_loader(self, _rows(self.train_windows))
 
     def val_dataloader(self) -> Batches | list[Batches]:
         """Return the evaluation windows, in the order of the text; a list of dataloaders for several texts."""

@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from wanda_lightning.common.aliases import Kwargs, StrPath
-from wanda_lightning.common.atomic_write import atomic_write
+from wanda_lightning.common.atomic_write import write_text
 from wanda_lightning.models import find_layers
 from wanda_lightning.models.quantized import can_be_read, quantizer, read_weight
 from wanda_lightning.report import versions
@@ -69,8 +69,7 @@ class Evaluation:
 
     def save(self, path: StrPath) -> None:
         """Write a JSON file atomically."""
-        with atomic_write(path) as temporary:
-            temporary.write_text(self.to_json(), encoding="utf-8")
+        write_text(path, self.to_json())
 
     def table(self) -> Table:
         """Return a table with a row for each metric and a column for each model.

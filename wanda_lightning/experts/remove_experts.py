@@ -17,7 +17,14 @@ from wanda_lightning.core.types import Units
 from wanda_lightning.experts.mixture_checks import find_mixtures, refuse_if_it_differs
 from wanda_lightning.experts.mixtures import Mixture, counters_in
 from wanda_lightning.experts.saliency import ExpertSaliency
-from wanda_lightning.models import Inventory, Layer, SkippedMatrix, SkipReason, Stop
+from wanda_lightning.models import (
+    Inventory,
+    Layer,
+    SkippedMatrix,
+    SkipReason,
+    Stop,
+    number_of_parameters,
+)
 from wanda_lightning.planning.plan import Plan
 from wanda_lightning.planning.removal import Removal
 from wanda_lightning.planning.run import Run
@@ -60,7 +67,7 @@ class RemoveExperts(Removal):
 
         self._complete = {mixture.experts: mixture for mixture in self._mixtures}
         self._saliency = ExpertSaliency(self._mixtures, plan.processes)
-        self._dense_parameters = _parameters(plan.model)
+        self._dense_parameters = number_of_parameters(plan.model)
         for layer in plan.layers:
             if layer.module not in self._complete or layer.expert is None:
                 run.done.skipped[layer.name] = SkippedMatrix(
@@ -112,7 +119,7 @@ class RemoveExperts(Removal):
 
     def complete(self, plan: Plan, report: PruningReport) -> PruningReport:
         """Count the parameters that are gone as zeros, and say so."""
-        zeros = self._dense_parameters - _parameters(plan.model)
+        zeros = self._dense_parameters - number_of_parameters(plan.model)
         before = self._mixtures[0].number
         gone = before - len(self._mixtures[0].slots[-1].tensor)
         note = (
@@ -176,10 +183,6 @@ class RemoveExperts(Removal):
             if tokens < observer.MIN_EXPERT_TOKENS and layer.expert not in seen:
                 run.done.few_tokens[layer.name] = tokens
             seen.add(layer.expert)
-
-
-def _parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _take_shapes(config: PruningConfig, mixture: Mixture) -> Action:

@@ -5,9 +5,8 @@ of its gate times the norm of its output: the norm of what it adds for this toke
 the experts by the gate (Llama 4), it is the norm of what the expert returns for that input.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,54 +36,37 @@ class ExpertSaliency(StopObserver):
     """Sums up the norms of what the experts of some mixtures add, over the tokens of all batches except padding."""
 
     def __init__(self, mixtures: Sequence[Mixture], processes: Processes = SINGLE_PROCESS) -> None:
+        super().__init__(processes)
         # The number of experts to which this process routes the first token, by mixture.
         self.experts_per_token: dict[str, int] = {}
         self.first_calls: dict[str, Call] = {}  # of each mixture in this process
         # Mixtures where the masks do not show which tokens are padding.
         self.padding_counted: set[str] = set()
         self._mixtures = mixtures
-        self._processes = processes
         # The sum of the norms and the number of tokens, (2, experts), by mixture.
         self._sums = {
             mixture.name: torch.zeros(2, mixture.number, dtype=torch.float64)
             for mixture in mixtures
         }
 
-    def __call__(self, stop: Stop, calls: Iterable[Call]) -> Observation:
-        """Run the calls that wait at a stop, on copies, and sum what the experts add."""
-        with self._processes.fail_together():
-            for call in calls:
-                self.watched(stop, call).run(on_copies=stop.module is not None)
-        return self.finish(stop)
-
-    def watched(self, stop: Stop, call: Call) -> Call:
-        """Return a call that also sums what the experts add when it runs."""
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            with self._collect(call.sample):
-                return call.forward(*args, **kwargs)
-
-        return replace(call, forward=run)
-
     @contextmanager
-    def _collect(self, sample: Sample) -> Iterator[None]:
+    def collect(self, stop: Stop, sample: Sample) -> Iterator[None]:
         """Sum what the experts add while a sample runs in this block."""
         with ExitStack() as hooks:
             for mixture in self._mixtures:
                 keep_first = partial(self._keep_first_call, sample, mixture.name)
                 read = partial(self._read, sample, mixture)
-                for handle in (
-                    mixture.module.register_forward_pre_hook(keep_first, with_kwargs=True),
-                    mixture.experts.register_forward_hook(read, with_kwargs=True),
-                ):
-                    hooks.callback(handle.remove)
+                hooks.enter_context(
+                    mixture.module.register_forward_pre_hook(keep_first, with_kwargs=True)
+                )
+                hooks.enter_context(mixture.experts.register_forward_hook(read, with_kwargs=True))
             yield
 
     def finish(self, stop: Stop) -> Observation:
         """Sum what the experts of a stop add over all processes. There are no statistics of inputs to return."""
         modules = {layer.module for layer in stop.layers}
         here = [mixture for mixture in self._mixtures if mixture.experts in modules]
-        self._processes.all_reduce_sum([self._sums[mixture.name] for mixture in here])
+        self.processes.all_reduce_sum([self._sums[mixture.name] for mixture in here])
         return Observation()
 
     def tokens(self, mixture: Mixture) -> Tensor:

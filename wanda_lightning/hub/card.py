@@ -12,7 +12,7 @@ from typing import Any
 
 from wanda_lightning.common import wording
 from wanda_lightning.common.aliases import StrPath
-from wanda_lightning.common.atomic_write import atomic_write
+from wanda_lightning.common.atomic_write import write_text
 from wanda_lightning.hub.upload import RESULT_FILES
 from wanda_lightning.report import Circumstances, PruningReport, descriptions
 from wanda_lightning.report.descriptions import METRICS, PERPLEXITY, TOP1
@@ -117,8 +117,7 @@ def write_card(
         wording=wording,
         descriptions=descriptions,
     )
-    with atomic_write(path) as temporary:
-        temporary.write_text(f"{card}\n", encoding="utf-8")
+    write_text(path, f"{card}\n")
 
     if run.metric == TOP1.name or report.config.get("command", {}).get("tasks_dir"):
         # Images and the documents of these tasks are files, which may differ from any data set on the hub.
@@ -153,9 +152,8 @@ def _write_for_hub(folder: Path, results: Sequence[Any], date: str, source: str 
         )
         # A file with an error is left out as a whole, so each result has its own.
         path = folder / RESULT_FILES.replace("*", data.replace("/", "_"))
-        with atomic_write(path) as temporary:
-            content = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
-            temporary.write_text(content, encoding="utf-8")
+        content = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+        write_text(path, content)
 
 
 def _without_folders(run: Circumstances) -> Circumstances:

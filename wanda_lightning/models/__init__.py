@@ -8,9 +8,11 @@ from wanda_lightning.models.inventory import (
     count_parameters as count_parameters,
     find_layers as find_layers,
     group_by_stop as group_by_stop,
+    number_of_parameters as number_of_parameters,
 )
 from wanda_lightning.models.layers import (
     Layer as Layer,
+    ReadWeight as ReadWeight,
     adapted_module as adapted_module,
     is_pointwise as is_pointwise,
 )

@@ -91,6 +91,11 @@ class Inventory:
         return tuple(sorted(skipped, key=lambda matrix: -matrix.size))
 
 
+def number_of_parameters(model: nn.Module) -> int:
+    """Return the number of parameters of a model without lazy modules."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Return the number of parameters of a model, and how many of those in memory are zero."""
     number = 0

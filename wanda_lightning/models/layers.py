@@ -261,6 +261,10 @@ class Layer:
         return math.prod(self.stored_shape)
 
 
+ReadWeight = Callable[[Layer], Tensor]
+"""Returns the weight of a layer, which may be read from a disk."""
+
+
 def all_finite(weight: Tensor) -> bool:
     """Whether none of the numbers is NaN or infinite."""
     # The sum takes one fast pass. It may overflow, so only the slow check of each number decides.

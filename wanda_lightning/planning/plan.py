@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
@@ -17,6 +17,7 @@ from wanda_lightning.core.statistics import GradientStatistics, Inputs, InputSta
 from wanda_lightning.models import (
     Inventory,
     Layer,
+    ReadWeight,
     SkipReason,
     Stop,
     find_layers,
@@ -105,7 +106,7 @@ class Plan:
         self,
         layers: Iterable[Layer],
         dense: DenseStatistics = DenseStatistics(),
-        read: Callable[[Layer], Tensor] = Layer.read,
+        read: ReadWeight = Layer.read,
     ) -> list[DenseLayer]:
         """Describe layers to an allocation."""
         return [

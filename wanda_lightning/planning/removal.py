@@ -1,11 +1,11 @@
 """What leaves a model: weights, hidden units or experts. Each is one class, with the same methods."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from wanda_lightning.calibration.observer import Observation, Observer, StopObserver
 from wanda_lightning.common.aliases import Kwargs
@@ -14,7 +14,7 @@ from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.allocation import Sparsities
 from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.core.selection import Selection
-from wanda_lightning.models import Inventory, Layer, SkippedMatrices, Stop
+from wanda_lightning.models import Inventory, Layer, ReadWeight, SkippedMatrices, Stop
 from wanda_lightning.planning.coverage import Note, low_coverage
 from wanda_lightning.planning.plan import DenseStatistics, Plan
 from wanda_lightning.planning.run import Run
@@ -52,9 +52,7 @@ class Removal(ABC):
         """Columns of each hidden unit, by the layer that reads it, if gradients are summed over units."""
         return {}
 
-    def choose_sparsities(
-        self, plan: Plan, dense: DenseStatistics, read: Callable[[Layer], Tensor]
-    ) -> Sparsities:
+    def choose_sparsities(self, plan: Plan, dense: DenseStatistics, read: ReadWeight) -> Sparsities:
         """Return the sparsity of each layer with all statistics that the allocation reads, in one process for all.
 
         `read` returns the weights of the dense model.

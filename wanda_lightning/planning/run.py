@@ -7,8 +7,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from wanda_lightning.calibration.lockstep import Passed, Visit, Visits, lockstep
 from wanda_lightning.calibration.observer import Observation, StopObserver
 from wanda_lightning.calibration.pruning_mode import RestoredBuffers
@@ -18,9 +16,12 @@ from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.wording import quantity
 from wanda_lightning.core.allocation import Sparsities
 from wanda_lightning.core.selection import Selection
-from wanda_lightning.models import Layer, SkippedMatrix, SkipReason
+from wanda_lightning.models import Layer, ReadWeight, SkippedMatrix, SkipReason
 from wanda_lightning.planning.plan import Plan, refuse_unprunable
 from wanda_lightning.report import BatchNormCorrection, Permuted, PrunedLayer, Training
+
+Restore = Callable[[Sequence[Layer]], None]
+"""Gives layers the shapes that an interrupted run has written."""
 
 
 class Clock(dict[str, float]):
@@ -94,7 +95,7 @@ class WeightStore:
         yield from visits
 
     @contextmanager
-    def dense_reader(self) -> Iterator[Callable[[Layer], Tensor]]:
+    def dense_reader(self) -> Iterator[ReadWeight]:
         """Return a function that returns the dense weight of a layer, called in model order."""
         yield Layer.read
 
@@ -121,9 +122,7 @@ class WeightStore:
 
     # The model while it is pruned
 
-    def visits(
-        self, run: Run, bar: ProgressBar, restore: Callable[[Sequence[Layer]], None]
-    ) -> Generator[Visit]:
+    def visits(self, run: Run, bar: ProgressBar, restore: Restore) -> Generator[Visit]:
         """Yield each stop before it is pruned, with the calls that wait there. Once it is pruned, they run through it.
 
         No sample waits there if nothing is left to observe or to record. `restore` gives layers the shapes that they

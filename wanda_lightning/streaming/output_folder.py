@@ -22,6 +22,7 @@ from wanda_lightning.common.atomic_write import (
     move_entries,
     require_writable,
     resolve_path,
+    write_text,
 )
 from wanda_lightning.common.checks import Number, check_values
 from wanda_lightning.common.errors import UserError
@@ -180,8 +181,7 @@ class OutputFolder(Shards):
     def save_progress(self, **changes: Any) -> None:
         """Write the progress, with new values of its fields, for a run that is started again."""
         self.progress = replace(self.progress, **changes)
-        with atomic_write(self._file) as new:
-            new.write_text(as_json(asdict(self.progress)), encoding="utf-8")
+        write_text(self._file, as_json(asdict(self.progress)))
 
     def finish(self, checkpoint: Checkpoint, tokenizer: Any, report: str) -> None:
         """Write the files without which the folder is no model; the report stays in the progress until `forget`."""

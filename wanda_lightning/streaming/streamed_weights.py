@@ -1,6 +1,6 @@
 """Read the blocks of a model when the batches arrive at them, and write them when they are pruned."""
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from typing import TypeVar
@@ -12,9 +12,9 @@ from wanda_lightning.calibration.observer import Observation, StopObserver
 from wanda_lightning.common.aliases import Action
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.core.allocation import Sparsities
-from wanda_lightning.models import Layer
+from wanda_lightning.models import Layer, ReadWeight
 from wanda_lightning.planning.plan import refuse_unprunable
-from wanda_lightning.planning.run import Run, WeightStore
+from wanda_lightning.planning.run import Restore, Run, WeightStore
 from wanda_lightning.streaming.checkpoint import RESIDENT, BlockLoader, Checkpoint, Keys
 from wanda_lightning.streaming.output_folder import OutputFolder, PartRecord
 
@@ -55,7 +55,7 @@ class StreamedWeights(WeightStore):
                 yield visit
 
     @contextmanager
-    def dense_reader(self) -> Iterator[Callable[[Layer], Tensor]]:
+    def dense_reader(self) -> Iterator[ReadWeight]:
         """Return a function that loads the block of a layer, and returns the layer's weight."""
 
         def read(layer: Layer) -> Tensor:
@@ -105,9 +105,7 @@ class StreamedWeights(WeightStore):
 
     # The model while it is pruned
 
-    def visits(
-        self, run: Run, bar: ProgressBar, restore: Callable[[Sequence[Layer]], None]
-    ) -> Generator[Visit]:
+    def visits(self, run: Run, bar: ProgressBar, restore: Restore) -> Generator[Visit]:
         """Yield the stops that no earlier run has pruned, with their weights in memory.
 
         A block is written and freed when all batches have left it.
@@ -190,7 +188,7 @@ class StreamedWeights(WeightStore):
         )
         self._output.save(part, self._checkpoint.as_stored(part), record)
 
-    def _restore_written(self, run: Run, restore: Callable[[Sequence[Layer]], None]) -> None:
+    def _restore_written(self, run: Run, restore: Restore) -> None:
         """Copy what an earlier run did to the blocks that it has written into the run, and give these their shapes."""
         stops = {stop.name: stop for stop in run.plan.blocks_and_layers}
         for block in self._checkpoint.blocks:

@@ -5,7 +5,7 @@ that reads them. This file proposes candidates by shapes alone. The caller measu
 of model families is needed: a block must compute the same with units that are zero as without them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wanda_lightning.common.aliases import Action
 from wanda_lightning.core.types import Orders, Units
 from wanda_lightning.models import own_tensors
 from wanda_lightning.models.layers import Layer, adapted_module, is_pointwise, is_whole, whole_layer
@@ -103,7 +104,7 @@ class Slot:
 Slots = tuple[Slot, ...]
 
 
-def replace_attributes(values: Iterable[Change]) -> Callable[[], None]:
+def replace_attributes(values: Iterable[Change]) -> Action:
     """Set attributes of modules one after the other, and return a function that undoes it."""
     before = []
     for module, name, value in values:
@@ -186,7 +187,7 @@ class HiddenUnits:
                 slot.tensor.detach().index_fill_(slot.dim, slot.where(units), 0)
         torch.clear_autocast_cache()  # it holds casts of the weights
 
-    def take(self, units: Units) -> Callable[[], None]:
+    def take(self, units: Units) -> Action:
         """Take all other units out, in place, and return a function that puts the tensors and widths back."""
         return replace_attributes(self._without(units))
 

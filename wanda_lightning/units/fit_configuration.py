@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from wanda_lightning.common.aliases import Action
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.units import modeling_shrunk
 from wanda_lightning.units.candidates import Change, replace_attributes
@@ -30,9 +31,7 @@ _IsSame = Callable[[], bool]
 _Path = tuple[str, ...]  # of an attribute in a configuration, which may hold other configurations
 
 
-def fit_configuration(
-    model: nn.Module, is_same: _IsSame = lambda: True
-) -> tuple[str, Callable[[], None]]:
+def fit_configuration(model: nn.Module, is_same: _IsSame = lambda: True) -> tuple[str, Action]:
     """Adapt the configuration of each model of transformers that a model is or contains, and its class if necessary.
 
     The model gets a configuration of its own, since another model may have been built from the old one. An attribute

@@ -1,6 +1,6 @@
 """Permute hidden units inside each block, so that N:M groups keep larger scores; the model computes the same."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,6 +10,7 @@ from torch import nn
 from wanda_lightning.calibration.lockstep import Visit
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.pruning_mode import pruning_mode
+from wanda_lightning.common.aliases import Action
 from wanda_lightning.core.criteria import Wanda
 from wanda_lightning.core.permutation import kept_score
 from wanda_lightning.core.statistics import InputStatistics
@@ -127,7 +128,7 @@ class _PermutationSearch(UnitSearch):
                 )
                 yield _Reordering(units, orders)
 
-    def withdraw(self, block: str) -> Callable[[], None]:
+    def withdraw(self, block: str) -> Action:
         """Record that the units of a block go back into their old order, and return the function that puts them back.
 
         The caller may drop it: weights on disk are read again instead.

@@ -1,13 +1,13 @@
 """Remove whole hidden units: find those that can leave, choose, and fill them with zeros, which `shrink` takes out."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from wanda_lightning.calibration.lockstep import Visit
 from wanda_lightning.calibration.pruning_mode import pruning_mode
@@ -15,7 +15,7 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.allocation import UnitLayer
 from wanda_lightning.core.patterns import Pattern, Structured
 from wanda_lightning.masks.remove_weights import RemoveWeights, share_of_zeros
-from wanda_lightning.models import Inventory, Layer, SkippedMatrix, SkipReason, Stop
+from wanda_lightning.models import Inventory, Layer, ReadWeight, SkippedMatrix, SkipReason, Stop
 from wanda_lightning.models.layers import named_modules
 from wanda_lightning.planning.coverage import Note
 from wanda_lightning.planning.plan import DenseStatistics, Plan
@@ -63,7 +63,7 @@ class RemoveUnits(RemoveWeights):
         return {name: units.columns_per_unit for name, units in self.units.items()}
 
     def choose_sparsities(
-        self, plan: Plan, dense: DenseStatistics, read: Callable[[Layer], Tensor]
+        self, plan: Plan, dense: DenseStatistics, read: ReadWeight
     ) -> dict[str, float]:
         """Give each layer that reads hidden units, and was measured, the fraction of them that becomes zero."""
         allocation = plan.config.allocation

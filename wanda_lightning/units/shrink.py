@@ -28,6 +28,7 @@ from wanda_lightning.models import (
     Stop,
     adapted_module,
     find_layers,
+    number_of_parameters,
     reads_images,
     tied_tensors,
 )
@@ -135,7 +136,7 @@ def _take_out(
         raise UserError(
             f"shrink would break adapters, such as that of {adapted}. Merge them first (lora.merge(model))."
         )
-    before = _count(model)
+    before = number_of_parameters(model)
     search = _EmptyUnits(model, undo)
     if search.finds_any():
         sample = _sample(model, batch, forward)
@@ -155,7 +156,7 @@ def _take_out(
         if search.result.layers:
             search.result.misfit, put_back = fit_configuration(model, is_same)
             undo.callback(put_back)
-    search.result.parameters = before, _count(model)
+    search.result.parameters = before, number_of_parameters(model)
     return search.result
 
 
@@ -177,10 +178,6 @@ def _take_out_of_blocks(search: _EmptyUnits, model: nn.Module, sample: Sample) -
             search.take_out(block, BlockRuns(block.module or model, calls))
     search.take_out(search.rest, whole)
     return whole
-
-
-def _count(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _sample(model: nn.Module, batch: Any, forward: BatchFunction | None) -> Sample:
