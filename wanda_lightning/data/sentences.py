@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from wanda_lightning.common.aliases import StrPath
+from wanda_lightning.common.aliases import Kwargs, StrPath
 from wanda_lightning.common.checks import SEED, check_at_least, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.text_features import SENTENCES, reads_texts, text_features
@@ -137,7 +137,7 @@ class SentenceDataModule(L.LightningDataModule):
         silence_worker_advice()
         return DataLoader(dataset, self.batch_size, **options)
 
-    def _features(self, texts: Sequence[str]) -> dict[str, Any]:
+    def _features(self, texts: Sequence[str]) -> Kwargs:
         model: Any = self.model
         if model is None:
             model = getattr(getattr(self.trainer, "lightning_module", None), "pruning_target", None)
@@ -148,7 +148,7 @@ class SentenceDataModule(L.LightningDataModule):
             )
         return dict(text_features(model, texts))
 
-    def _paired_features(self, pairs: Sequence[Pair]) -> dict[str, Any]:
+    def _paired_features(self, pairs: Sequence[Pair]) -> Kwargs:
         """Return the features of all first sentences, then of all second ones, and the scores."""
         first, second, scores = zip(*pairs, strict=True)
         return {**self._features([*first, *second]), "score": torch.tensor(scores)}

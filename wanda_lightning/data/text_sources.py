@@ -19,11 +19,10 @@ _IN_MEMORY = "texts in memory"
 # The first of these that a data set on the hub has.
 _HUB_SPLITS = {"calibration": ("train",), "evaluation": ("validation", "test", "train")}
 _WIKITEXT2_SPLIT = {"calibration": "train", "evaluation": "test"}
-_C4_SPLIT = {"calibration": "train", "evaluation": "validation"}
 # Of the many files of each split, the reference code reads one.
 _C4_FILE = {
-    "train": "en/c4-train.00000-of-01024.json.gz",
-    "validation": "en/c4-validation.00000-of-00008.json.gz",
+    "calibration": {"train": "en/c4-train.00000-of-01024.json.gz"},
+    "evaluation": {"validation": "en/c4-validation.00000-of-00008.json.gz"},
 }
 _C4_EVALUATION_DOCUMENTS = 1100
 _EVALUATION_FRACTION = 0.3  # of the characters of python-docs
@@ -116,12 +115,12 @@ def _content(source: Any, purpose: str, cache_dir: str | None) -> str | Sequence
         split = _WIKITEXT2_SPLIT[purpose]
         return load("Salesforce/wikitext", name, split=split, cache_dir=cache_dir)["text"]
     if source == "c4":
-        split = _C4_SPLIT[purpose]
+        (split,) = _C4_FILE[purpose]
         return load(
             "allenai/c4",
             split=split,
             cache_dir=cache_dir,
-            data_files={split: _C4_FILE[split]},
+            data_files=_C4_FILE[purpose],
             # Else datasets raises ExpectedMoreSplits, since one file is not all of C4.
             verification_mode="no_checks",
         )["text"]

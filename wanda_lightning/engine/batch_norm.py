@@ -179,8 +179,8 @@ class BatchNormStatistics:
 
         with ExitStack() as hooks:
             for index, layer in enumerate(self._layers):
-                handle = layer.register_forward_pre_hook(partial(hook, index), with_kwargs=True)
-                hooks.callback(handle.remove)
+                on_call = partial(hook, index)
+                hooks.enter_context(layer.register_forward_pre_hook(on_call, with_kwargs=True))
             for batch in self._batches:
                 used = batch.used
                 size = max(1, batch.batch.size)  # a batch may be empty

@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
 
 from torch import nn
 
@@ -28,11 +27,11 @@ class Removal(ABC):
     """
 
     # How the report names an expert that got few tokens, and says what follows for it.
-    expert_noun: ClassVar[str] = "expert layer"
-    fate_of_rare_experts: ClassVar[str] = "pruned with the statistics of all experts"
+    expert_noun = "expert layer"
+    fate_of_rare_experts = "pruned with the statistics of all experts"
 
     # What `inspect` should say about the layers of the plan.
-    inspect_note: ClassVar[str] = ""
+    inspect_note = ""
 
     def check(  # noqa: B027  # weights can leave any layer of a plan
         self, config: PruningConfig, model: nn.Module, inventory: Inventory

@@ -316,8 +316,8 @@ class BlockLoader:
             stack.callback(self.reset)
             for block in self._checkpoint.blocks:
                 module = self._checkpoint.model.get_submodule(block)
-                hook = module.register_forward_pre_hook(partial(self._load_before_forward, block))
-                stack.callback(hook.remove)
+                hook = partial(self._load_before_forward, block)
+                stack.enter_context(module.register_forward_pre_hook(hook))
             yield
 
     def _load_before_forward(self, block: str, *_: object) -> None:

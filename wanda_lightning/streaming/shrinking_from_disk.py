@@ -101,10 +101,10 @@ def _shrink_parts(checkpoint: Checkpoint, shards: Shards) -> Shrunk:
     with pruning_mode(model), ExitStack() as hooks:
         for name in checkpoint.blocks:
             block = model.get_submodule(name)
-            hooks.callback(
-                block.register_forward_pre_hook(partial(enter, name), with_kwargs=True).remove
+            hooks.enter_context(
+                block.register_forward_pre_hook(partial(enter, name), with_kwargs=True)
             )
-            hooks.callback(block.register_forward_hook(partial(leave, name)).remove)
+            hooks.enter_context(block.register_forward_hook(partial(leave, name)))
         model(**example_batch(model))
     # The batch does not reach the others.
     for name in checkpoint.blocks:

@@ -160,8 +160,7 @@ class BlockRuns:
             ExitStack() as hooks,
         ):  # some models draw numbers in evaluation, too
             for module in watched:
-                handle = module.register_forward_pre_hook(enter, with_kwargs=True)
-                hooks.callback(handle.remove)
+                hooks.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
             output = call.forward(*args, **kwargs)
 
         results = tensors_within(output)

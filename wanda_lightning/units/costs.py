@@ -94,7 +94,7 @@ def _positions(units: UnitsByReader, batches: Sequence[Sample]) -> dict[nn.Modul
     }
     with ExitStack() as hooks:
         for module in modules:
-            hooks.callback(module.register_forward_hook(count).remove)
+            hooks.enter_context(module.register_forward_hook(count))
         for batch in batches:
             batch.forward()
     return positions
