@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module
 
 from wanda_lightning.calibration.interception import Multiply, Product, intercept
 from wanda_lightning.calibration.recomputing import recomputing
@@ -23,9 +24,9 @@ Tick = Callable[[int | None], None]
 
 
 def gradient_statistics(
-    model: nn.Module,
+    model: Module,
     layers: Sequence[Layer],
-    blocks: Sequence[nn.Module],
+    blocks: Sequence[Module],
     samples: Samples,
     tick: Tick,
     limit: GradientLimit,
@@ -353,7 +354,7 @@ def _zeros(layer: Layer, columns: int | None) -> GradientStatistics:
 
 
 @contextmanager
-def without_gradients(model: nn.Module) -> Iterator[None]:
+def without_gradients(model: Module) -> Iterator[None]:
     """Turn off `requires_grad` of all parameters inside this `with` block."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:

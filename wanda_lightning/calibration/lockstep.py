@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module
 
 from wanda_lightning.calibration.error_notes import naming_batch
 from wanda_lightning.calibration.interception import Multiply, Product, WeightInterceptor
@@ -113,7 +114,7 @@ def lockstep(
     samples: Sequence[Sample],
     processes: Processes = SINGLE_PROCESS,
     to_end: bool = False,
-    model: nn.Module | None = None,
+    model: Module | None = None,
 ) -> Visits:
     """Visit each stop that a sample reaches, once, with all samples that are parked there.
 
@@ -143,7 +144,7 @@ def _visits(
     samples: Sequence[Sample],
     processes: Processes,
     to_end: bool,
-    model: nn.Module | None,
+    model: Module | None,
     passed: Passed,
 ) -> Generator[Visit]:
     pending = set(range(len(stops)))

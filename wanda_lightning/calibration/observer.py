@@ -12,7 +12,8 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module
 
 from wanda_lightning.calibration.error_notes import naming_batch
 from wanda_lightning.calibration.interception import Multiply, Product, input_of, intercept
@@ -271,7 +272,7 @@ class PassiveCalibration:
     """
 
     def __init__(
-        self, model: nn.Module, stop: Stop, needs: frozenset[str], processes: Processes
+        self, model: Module, stop: Stop, needs: frozenset[str], processes: Processes
     ) -> None:
         self._model = model
         self._stop = stop

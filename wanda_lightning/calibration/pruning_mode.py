@@ -9,8 +9,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.backends import mha
+from torch.nn import Module
 from torch.nn.parameter import UninitializedBuffer
 
 from wanda_lightning.calibration.snapshot import ABSENT, Snapshot, set_or_delete
@@ -20,7 +21,7 @@ from wanda_lightning.core.placeholders import is_unloaded
 
 
 @contextmanager
-def patched(module: nn.Module, name: str, value: object) -> Iterator[None]:
+def patched(module: Module, name: str, value: object) -> Iterator[None]:
     """Set an attribute of one module inside the `with` statement.
 
     A `forward` is patched rather than hooked, because no hook can delay, replace or skip it. `__dict__` is used because
@@ -36,9 +37,7 @@ def patched(module: nn.Module, name: str, value: object) -> Iterator[None]:
 
 
 @contextmanager
-def pruning_mode(
-    model: nn.Module, corrected: Collection[nn.Module] = ()
-) -> Iterator[RestoredBuffers]:
+def pruning_mode(model: Module, corrected: Collection[Module] = ()) -> Iterator[RestoredBuffers]:
     """Put the model into `calibration_mode`, without gradients and outside of inference mode.
 
     The buffers of the state dict are restored at the end, except those of modules that are in `corrected` by then.
@@ -60,7 +59,7 @@ class _SavedBuffer(NamedTuple):
     values: Tensor
     write_count: int
 
-    def restore(self, module: nn.Module) -> None:
+    def restore(self, module: Module) -> None:
         """Restore the buffer, which a forward may have written into, or replaced by another tensor."""
         if write_count(self.buffer) != self.write_count:
             self.buffer.copy_(self.values)
@@ -70,17 +69,17 @@ class _SavedBuffer(NamedTuple):
 class RestoredBuffers:
     """The buffers of a model that `pruning_mode` restores, with their values."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Module) -> None:
         self.saved = {module: _saved_buffers(module) for module in model.modules()}
 
-    def restore(self, modules: Iterable[nn.Module]) -> None:
+    def restore(self, modules: Iterable[Module]) -> None:
         """Restore the buffers of some modules."""
         for module in modules:
             for saved in self.saved[module]:
                 saved.restore(module)
 
     @contextmanager
-    def changing(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+    def changing(self, modules: Iterable[Module]) -> Iterator[None]:
         """Restore the buffers of some modules, which may get new values in this block that will be restored instead."""
         # The others were not in memory, or have none.
         known = [module for module in {*modules} if self.saved[module]]
@@ -90,7 +89,7 @@ class RestoredBuffers:
             self.saved[module] = _saved_buffers(module)
 
 
-def _saved_buffers(module: nn.Module) -> list[_SavedBuffer]:
+def _saved_buffers(module: Module) -> list[_SavedBuffer]:
     """Return a module's own buffers that a forward may write into, and pruning does not, with their present values.
 
     Weights and biases are pruned, or quantized and large. Buffers outside the state dict are left alone: they are
@@ -107,14 +106,14 @@ def _saved_buffers(module: nn.Module) -> list[_SavedBuffer]:
 
 
 @contextmanager
-def calibration_mode(model: nn.Module) -> Iterator[None]:
+def calibration_mode(model: Module) -> Iterator[None]:
     """Switch to evaluation mode, and turn off compiled code, key-value caches, and kernels that fuse several layers."""
     with _PLAIN_CODE, _eager_experts(model), _without_cache(model), evaluating(model):
         yield
 
 
 @contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
+def _without_cache(model: Module) -> Iterator[None]:
     """Turn off key-value caches: a block that runs twice would append its keys twice."""
     with ExitStack() as restored:
         for module in model.modules():
@@ -126,7 +125,7 @@ def _without_cache(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _eager_experts(model: nn.Module) -> Iterator[None]:
+def _eager_experts(model: Module) -> Iterator[None]:
     """Let models of transformers multiply by one expert at a time.
 
     They use views of the parameter then, which `WeightInterceptor` recognizes.

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module
 from torch.utils.checkpoint import checkpoint
 
 from wanda_lightning.calibration.pruning_mode import patched
@@ -23,7 +24,7 @@ from wanda_lightning.common.aliases import Forward
 
 
 @contextmanager
-def recomputing(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]:
+def recomputing(model: Module, blocks: Sequence[Module]) -> Iterator[None]:
     """Recompute the blocks in every backward pass inside this `with` block; without gradients nothing changes.
 
     Only the inputs of each block are stored until then (Chen et al. 2016, arXiv 1604.06174). A block may take and
@@ -51,7 +52,7 @@ class _Recomputed:
 
     name: str  # of the class, for a message
     forward: Forward
-    around: Sequence[nn.Module]  # the modules that contain the block
+    around: Sequence[Module]  # the modules that contain the block
     outside: Context  # the context variables around the whole pass
     writes: bool = False  # into its arguments, or into what is around it
 

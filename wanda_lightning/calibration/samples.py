@@ -7,7 +7,8 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module
 from torch.nn.parameter import UninitializedParameter
 
 from wanda_lightning.calibration.batches import (
@@ -54,7 +55,7 @@ class Samples:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Module,
         batches: Iterable[Any] | None,
         forward: BatchFunction | None,
         predict: BatchFunction | None,
@@ -221,7 +222,7 @@ def _checked(batches: object, reader: object) -> Iterable[Any]:
     )
 
 
-def _tokenized(model: nn.Module, batches: Iterable[Any]) -> Iterable[Any]:
+def _tokenized(model: Module, batches: Iterable[Any]) -> Iterable[Any]:
     """Return calibration batches; for a list of texts, batches that the model makes of them, in their order."""
     if not isinstance(batches, Sequence) or not batches or not isinstance(batches[0], str):
         return batches
@@ -262,7 +263,7 @@ def length_of(batches: Any) -> int | None:
         return None
 
 
-def forward_batch(model: nn.Module, batch: Any) -> object:
+def forward_batch(model: Module, batch: Any) -> object:
     """Call a model on a batch.
 
     A mapping becomes keyword arguments, without those that the model's forward does not take. A tuple or list is
@@ -276,7 +277,7 @@ def forward_batch(model: nn.Module, batch: Any) -> object:
     return model(batch[0] if isinstance(batch, tuple | list) else batch)
 
 
-def _accepted(model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+def _accepted(model: Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the entries of a batch that the model's forward takes."""
     parameters = inspect.signature(model.forward).parameters.values()
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):

@@ -15,8 +15,9 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.backends import cuda
+from torch.nn import Module
 
 from wanda_lightning.calibration.interception import WeightInterceptor
 from wanda_lightning.calibration.snapshot import ABSENT, Attributes, Change, Snapshot, set_or_delete
@@ -55,7 +56,7 @@ class Surroundings:
     state: TorchState
     outside: Context  # the context variables around the whole pass
     attributes: ModuleAttributes
-    module: nn.Module | None = None
+    module: Module | None = None
 
     @classmethod
     def present(cls) -> Surroundings:
@@ -100,7 +101,7 @@ class Replay:
     whole pass.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], outside: Context) -> None:
+    def __init__(self, modules: Sequence[Module], outside: Context) -> None:
         self._outside = outside
         self._state = TorchState()
         self._context = copy_context()
@@ -133,14 +134,14 @@ class Replay:
 
 
 # The attributes that `nn.Module` keeps for itself.
-_OF_MODULES = vars(nn.Module()).keys()
+_OF_MODULES = vars(Module()).keys()
 
 
 class TorchState:
     """The state of PyTorch at the time of construction.
 
     Gradients, inference mode, autocast, the stream with its device, the default device and dtype, the kernels of
-    attention, anomaly mode, and the modes of functions and dispatch: a model may change them between two stops, where
+    attention, and the modes of functions and dispatch: a model may change them between two stops, where
     other samples and the scheduler run.
     """
 
@@ -226,10 +227,6 @@ def _set_stream(stream: torch.Stream | None) -> None:
         torch.accelerator.set_stream(stream)  # changes the current device, too
 
 
-def _anomaly_mode() -> tuple[bool, bool]:
-    return torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
-
-
 class _Setting(NamedTuple):
     """A setting of the whole process."""
 
@@ -239,7 +236,6 @@ class _Setting(NamedTuple):
 
 _SETTINGS = (
     _Setting(torch.get_default_dtype, torch.set_default_dtype),
-    _Setting(_anomaly_mode, lambda mode: torch.set_anomaly_enabled(*mode)),
     _Setting(cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
     _Setting(cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
     _Setting(cuda.math_sdp_enabled, cuda.enable_math_sdp),
@@ -261,7 +257,7 @@ def _nested(outer: Sequence[Any], inner: Sequence[Any]) -> list[Any]:
     return [*outer, *of_batch]
 
 
-def modules_around(model: nn.Module, modules: Collection[nn.Module]) -> list[nn.Module]:
+def modules_around(model: Module, modules: Collection[Module]) -> list[Module]:
     """Return the modules of a model that contain at least one of the given modules, without these."""
     inner = {*modules}
     return [
@@ -279,7 +275,7 @@ class ModuleAttributes:
     other objects hold.
     """
 
-    def __init__(self, model: nn.Module | None) -> None:
+    def __init__(self, model: Module | None) -> None:
         # Each module with a dictionary of its attributes, or of its buffers.
         self._places = []
         for module in model.modules() if model is not None else ():
@@ -294,9 +290,7 @@ class ModuleAttributes:
         self._apart: dict[int, Attributes] = {}  # the places of these attributes
 
     @contextmanager
-    def of(
-        self, batch: Pass, module: nn.Module | None = None, undo: bool = False
-    ) -> Iterator[None]:
+    def of(self, batch: Pass, module: Module | None = None, undo: bool = False) -> Iterator[None]:
         """Give the modules the values of a batch, and keep what it sets in this block, or `undo` it.
 
         What a `module` that runs as a whole sets in itself is not kept: no other batch runs in between.
@@ -318,7 +312,7 @@ class ModuleAttributes:
             if undo:
                 before.restore()
 
-    def _watched(self, batch: Pass, module: nn.Module | None) -> Iterable[Attributes]:
+    def _watched(self, batch: Pass, module: Module | None) -> Iterable[Attributes]:
         """Return where the batch may set attributes that are kept: for all but the first two, where these have."""
         if self._places and len(self._first) < 2 and batch not in self._first:
             self._first.append(batch)

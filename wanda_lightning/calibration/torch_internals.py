@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn, overrides
+from torch import Tensor, overrides
 from torch.autograd import forward_ad
+from torch.nn import Module
 from torch.utils import _python_dispatch
 
 # Where `Module.compile` keeps the code that a call runs instead of `forward`.
 COMPILED_CALL = "_compiled_call_impl"
 
 
-def is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: Module) -> bool:
     """Return whether `Module.compile` was called."""
     return getattr(module, COMPILED_CALL) is not None
 
@@ -27,7 +28,7 @@ def write_count(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def is_persistent(module: nn.Module, buffer_name: str) -> bool:
+def is_persistent(module: Module, buffer_name: str) -> bool:
     """Return whether a buffer is in the state dict."""
     return buffer_name not in module._non_persistent_buffers_set
 

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType, ModuleType
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module
 
 # Private, but the registry in which transformers enters its output classes; torch 2.13 has no public name for it.
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
@@ -91,7 +92,7 @@ class _Copier:
             clone = self._clone_tensor(value)
             self._copies[id(value)] = clone
             return clone
-        if depth == 0 or isinstance(value, nn.Module | type | ModuleType | FunctionType):
+        if depth == 0 or isinstance(value, Module | type | ModuleType | FunctionType):
             return value
         if isinstance(value, tuple):
             return _like(value, [self.copy(item, depth - 1) for item in value])

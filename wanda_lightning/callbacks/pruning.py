@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
+from torch.nn import Module
 
 from wanda_lightning.callbacks import conflicts
 from wanda_lightning.callbacks.calibration_data import CalibrationData, ValidationStatistics
@@ -123,7 +123,7 @@ class PruningCallback(ZerosCallback):
         self._state_is_of_checkpoint = False  # until the run begins
         self._processes = SINGLE_PROCESS  # until `setup`
         self._final_plan: Plan | None = None
-        self._planned_modules: list[nn.Module] = []
+        self._planned_modules: list[Module] = []
         self._validation: ValidationStatistics | None = None  # while a loop is calibrated on
 
     @property

@@ -13,7 +13,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module
 
 from wanda_lightning.callbacks.prunable_module import pruning_target
 from wanda_lightning.callbacks.trainer import is_dry_run, processes_of
@@ -235,7 +236,7 @@ class SavePretrained(Callback):
         )
 
 
-def _after_training(report: PruningReport, model: nn.Module) -> PruningReport:
+def _after_training(report: PruningReport, model: Module) -> PruningReport:
     """Return the report with the zeros that the model has now."""
     # Training fills zeros that are not kept.
     zeros = zeros_of(model)

@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import (
     FSDPStrategy,
     ModelParallelStrategy,
 )
-from torch import nn
+from torch.nn import Module
 
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.report import PruningReport
@@ -60,9 +60,9 @@ def set_metrics(report: PruningReport, trainer: Trainer) -> None:
         trainer.callback_metrics[name] = torch.tensor(sparsity, device=device)
 
 
-def averaged_models(trainer: Trainer) -> list[nn.Module]:
+def averaged_models(trainer: Trainer) -> list[Module]:
     """Return the models whose weights callbacks average (WeightAveraging and StochasticWeightAveraging)."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     # Both keep the average in this attribute, and neither has a public way to it.
     averages = [getattr(callback, "_average_model", None) for callback in callbacks]
-    return [average for average in averages if isinstance(average, nn.Module)]
+    return [average for average in averages if isinstance(average, Module)]

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch.nn import Module
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: Module) -> Iterator[None]:
     """Switch to evaluation mode; restore the mode of each module at the end.
 
     A module that overrides `train`, as loralib does, is restored by its own.
@@ -20,7 +20,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         # Outer modules first: an override may set the modules inside.
         for module, mode in modes.items():
-            overrides = getattr(module.train, "__func__", None) is not nn.Module.train
+            overrides = getattr(module.train, "__func__", None) is not Module.train
             if overrides and module.training != mode:
                 module.train(mode)
         for module, mode in modes.items():

@@ -11,6 +11,7 @@ from typing import Any
 
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.data.dataset_files import load
+from wanda_lightning.data.text_sources import Texts
 
 Pair = tuple[str, str, float]
 
@@ -73,7 +74,7 @@ def _pair(row: Mapping[str, Any], columns: Sequence[str], place: str) -> Pair:
     return first, second, score
 
 
-def draw_sentences(texts: str | Sequence[str], count: int, seed: int) -> list[str]:
+def draw_sentences(texts: Texts, count: int, seed: int) -> list[str]:
     """Draw different sentences from one text or from documents, or all if there are fewer; a seed gives the same ones.
 
     Documents are read in an order that the seed gives, until they have eight times as many sentences.

@@ -28,6 +28,9 @@ _C4_EVALUATION_DOCUMENTS = 1100
 _EVALUATION_FRACTION = 0.3  # of the characters of python-docs
 _QUOTATION = 80  # characters: a shorter paragraph may be the same in two topics by chance
 
+Texts = str | Sequence[str]
+"""One text, or several documents."""
+
 
 def check_source(source: str, option: str = "text") -> None:
     """Raise an error unless a source is a known name, a hub id or a file of a known format; it names the option."""
@@ -76,7 +79,7 @@ def named(texts: Any, option: str) -> tuple[str, Any]:
     return name, name
 
 
-def calibration_source(source: Any, cache_dir: str | None = None) -> str | Sequence[str]:
+def calibration_source(source: Any, cache_dir: str | None = None) -> Texts:
     """Return one text, or a sequence of documents, from which calibration windows are drawn."""
     content = _read(source, "calibration", cache_dir)
     return " ".join(content) if source == "wikitext2" else content
@@ -90,7 +93,7 @@ def evaluation_text(source: Any, cache_dir: str | None = None) -> str:
     return content if isinstance(content, str) else "\n\n".join(content)
 
 
-def _read(source: Any, purpose: str, cache_dir: str | None) -> str | Sequence[str]:
+def _read(source: Any, purpose: str, cache_dir: str | None) -> Texts:
     """Return the text or the documents for "calibration" or "evaluation"."""
     try:
         return _content(source, purpose, cache_dir)
@@ -103,7 +106,7 @@ def _read(source: Any, purpose: str, cache_dir: str | None) -> str | Sequence[st
         ) from error.__cause__
 
 
-def _content(source: Any, purpose: str, cache_dir: str | None) -> str | Sequence[str]:
+def _content(source: Any, purpose: str, cache_dir: str | None) -> Texts:
     if not isinstance(source, str):
         return documents_in(source, _IN_MEMORY)
     if source == "python-docs":

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Module
 from torch.nn.parameter import UninitializedBuffer
 
 from wanda_lightning.calibration.error_notes import note_on_error
@@ -74,7 +75,7 @@ class BatchNormStatistics:
     Each process has a full copy of the model, and the sums cover the samples of all.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], samples: Samples) -> None:
+    def __init__(self, layers: Sequence[Module], samples: Samples) -> None:
         self._layers = layers
         self._samples = samples
         self._processes = samples.processes
@@ -171,7 +172,7 @@ class BatchNormStatistics:
         used = 0
         size = 1
 
-        def hook(index: int, module: nn.Module, args: Any, kwargs: Any) -> None:
+        def hook(index: int, module: Module, args: Any, kwargs: Any) -> None:
             inputs = input_of(args, kwargs)
             # Held-out samples come last. A layer may get several rows for each sample.
             on_input(index, calls[index], inputs[: len(inputs) * used // size])
@@ -208,7 +209,7 @@ class BatchNormStatistics:
         layer.running_var.copy_(moments.variance)
 
 
-def batch_norm_layers(model: nn.Module) -> list[nn.Module]:
+def batch_norm_layers(model: Module) -> list[Module]:
     """Return the BatchNorm layers that normalize by running statistics in evaluation mode.
 
     The frozen ones of detectors, which are classes of their own in every library, normalize by them in training, too.

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field
 
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module
 
 from wanda_lightning.common.aliases import Kwargs, StrPath
 from wanda_lightning.common.atomic_write import write_text
@@ -25,7 +26,7 @@ _ERROR = "_stderr"  # suffix of a metric's standard error
 _SPARSITY = {"layers": "of prunable layers", "model": "of the model"}
 
 
-def sparsity_of(model: nn.Module) -> Metrics:
+def sparsity_of(model: Module) -> Metrics:
     """Return the fractions of zeros: `layers`, of the weights that can be pruned; `model`, of all parameters.
 
     Quantized weights count as if they could be pruned, and are dequantized one at a time.

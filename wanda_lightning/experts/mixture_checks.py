@@ -5,8 +5,9 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.linalg import vector_norm
+from torch.nn import Module
 
 from wanda_lightning.calibration.lockstep import Call
 from wanda_lightning.calibration.trees import tensors_within
@@ -25,7 +26,7 @@ _OTHER_PATTERNS = "Use pattern='unstructured' or '2:4'."
 _SAME = 0.9  # fraction of the tokens whose results must not change where logits tie
 
 
-def find_mixtures(config: PruningConfig, model: nn.Module, inventory: Inventory) -> list[Mixture]:
+def find_mixtures(config: PruningConfig, model: Module, inventory: Inventory) -> list[Mixture]:
     """Return the mixtures of the model, or refuse the model."""
     found = list(mixtures(model))
     problem = _why_not(config, model, inventory, found)
@@ -35,7 +36,7 @@ def find_mixtures(config: PruningConfig, model: nn.Module, inventory: Inventory)
 
 
 def _why_not(
-    config: PruningConfig, model: nn.Module, inventory: Inventory, found: Sequence[Mixture]
+    config: PruningConfig, model: Module, inventory: Inventory, found: Sequence[Mixture]
 ) -> str:
     """Return why experts cannot leave the model; empty if they can."""
     if adapted_module(model):

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from torch import nn
+from torch.nn import Module
 
 from wanda_lightning.common.aliases import Action
 from wanda_lightning.core.types import Units
@@ -26,15 +26,15 @@ class Mixture(NamedTuple):
     """The routed experts of one module, with their router."""
 
     name: str  # of the module that holds experts and routers
-    module: nn.Module
-    experts: nn.Module  # its parameters have one matrix for each expert
+    module: Module
+    experts: Module  # its parameters have one matrix for each expert
     prefix: str  # of the names of these matrices
-    routers: tuple[nn.Module, ...]
+    routers: tuple[Module, ...]
     number: int  # of experts
     groups: int  # of consecutive experts among which the router chooses first; 1 if it does not
     slots: tuple[Slot, ...]  # tensors with an entry for each expert
     # Attributes of the module, and inside, that hold the number of experts.
-    counters: tuple[tuple[nn.Module, str], ...]
+    counters: tuple[tuple[Module, str], ...]
 
     def take(self, keep: Units) -> Action:
         """Take all other experts out, in place, and return a function that undoes it."""
@@ -52,7 +52,7 @@ class Mixture(NamedTuple):
         return replace_attributes(changes)
 
 
-def mixtures(model: nn.Module) -> Iterator[Mixture]:
+def mixtures(model: Module) -> Iterator[Mixture]:
     """Yield the mixtures whose experts are stacked in one parameter, in model order; lists of modules are left out."""
     modules = named_modules(model)
     for prefix, experts in modules.items():
@@ -67,7 +67,7 @@ def mixtures(model: nn.Module) -> Iterator[Mixture]:
 
 
 def _mixture(
-    name: str, module: nn.Module, prefix: str, experts: nn.Module, number: int
+    name: str, module: Module, prefix: str, experts: Module, number: int
 ) -> Mixture | None:
     """Return the mixture of these experts; None if no router has a row for each."""
     all_routers = routers({"": module})
@@ -102,7 +102,7 @@ def _mixture(
     )
 
 
-def _groups(routing: Sequence[nn.Module], number: int) -> int:
+def _groups(routing: Sequence[Module], number: int) -> int:
     """Return the number of groups that the modules declare, if the experts divide into them; else 1."""
     for module in routing:
         for key, value in vars(module).items():
@@ -111,7 +111,7 @@ def _groups(routing: Sequence[nn.Module], number: int) -> int:
     return 1
 
 
-def counters_in(module: nn.Module, number: int) -> list[tuple[nn.Module, str]]:
+def counters_in(module: Module, number: int) -> list[tuple[Module, str]]:
     """Return the attributes of a module and its submodules that hold this number of experts."""
     return [
         (part, key)
@@ -121,7 +121,7 @@ def counters_in(module: nn.Module, number: int) -> list[tuple[nn.Module, str]]:
     ]
 
 
-def _slots(module: nn.Module, number: int) -> Iterator[Slot]:
+def _slots(module: Module, number: int) -> Iterator[Slot]:
     """Yield the tensors of a module with one dimension for the experts."""
     for name, tensor in own_tensors(module):
         if number in tensor.shape:

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch.nn import Module
 
 from wanda_lightning.calibration import observer
 from wanda_lightning.calibration.observer import Observation, StopObserver
@@ -47,11 +47,11 @@ class RemoveExperts(Removal):
     def __init__(self) -> None:
         self._mixtures: list[Mixture] = []
         # Those that still have all experts, by the module that holds the experts.
-        self._complete: dict[nn.Module, Mixture] = {}
+        self._complete: dict[Module, Mixture] = {}
         self._saliency = ExpertSaliency([])
         self._dense_parameters = 0
 
-    def check(self, config: PruningConfig, model: nn.Module, inventory: Inventory) -> None:
+    def check(self, config: PruningConfig, model: Module, inventory: Inventory) -> None:
         """Refuse a model without mixtures of experts, or with some that cannot lose as many experts."""
         find_mixtures(config, model, inventory)
 
@@ -195,7 +195,7 @@ def _take_shapes(config: PruningConfig, mixture: Mixture) -> Action:
     return undo.close
 
 
-def _declare(config: PruningConfig, model: nn.Module, mixtures: Sequence[Mixture]) -> Action:
+def _declare(config: PruningConfig, model: Module, mixtures: Sequence[Mixture]) -> Action:
     """Tell the modules around the smaller mixtures, and the configuration, how many experts are left.
 
     Returns:

@@ -11,8 +11,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.linalg import vector_norm
+from torch.nn import Module
 from torch.overrides import TorchFunctionMode
 
 from wanda_lightning.calibration.interception import PRODUCTS
@@ -79,7 +80,7 @@ class ExpertSaliency(StopObserver):
         return norms / tokens.clamp(min=1)
 
     def _keep_first_call(
-        self, sample: Sample, name: str, module: nn.Module, args: Any, kwargs: Any
+        self, sample: Sample, name: str, module: Module, args: Any, kwargs: Any
     ) -> None:
         if name not in self.first_calls:
             args, kwargs = clone_arguments((args, kwargs))
@@ -91,7 +92,7 @@ class ExpertSaliency(StopObserver):
         self,
         sample: Sample,
         mixture: Mixture,
-        module: nn.Module,
+        module: Module,
         args: Any,
         kwargs: Any,
         output: Any,
@@ -130,9 +131,7 @@ class _Routing(NamedTuple):
     routed: Tensor  # whether the token is routed to the expert
 
 
-def _routing(
-    mixture: Mixture, module: nn.Module, args: Any, kwargs: Any, output: Tensor
-) -> _Routing:
+def _routing(mixture: Mixture, module: Module, args: Any, kwargs: Any, output: Tensor) -> _Routing:
     """Return which experts the tokens of a call are routed to, and what these add.
 
     Raises:
@@ -155,7 +154,7 @@ def _routing(
 
 
 def _from_indices(
-    experts: nn.Module, args: Any, kwargs: Any, output: Tensor, indices: Tensor
+    experts: Module, args: Any, kwargs: Any, output: Tensor, indices: Tensor
 ) -> Tensor:
     """Return the norms (tokens, k) of what k experts add for each token.
 

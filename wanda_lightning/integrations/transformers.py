@@ -4,7 +4,7 @@ import os
 from typing import Any
 
 import torch
-from torch import nn
+from torch.nn import Module
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -39,7 +39,7 @@ class KeepZerosCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: nn.Module | None = None,
+        model: Module | None = None,
         optimizer: Optimizer | None = None,
         **kwargs: Any,
     ) -> None:

@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn import Module
 from transformers.pytorch_utils import Conv1D
 
 from wanda_lightning.common.errors import UserError
@@ -18,7 +19,7 @@ from wanda_lightning.models.quantized import is_quantized, quantizer, read_weigh
 
 
 @torch.no_grad()
-def merge(model: PeftModel, reprune: bool = False) -> nn.Module:
+def merge(model: PeftModel, reprune: bool = False) -> Module:
     """Merge the active adapters into the weights and return the model without PEFT.
 
     Keep-zeros adapters merge to W + s (B A) * keep, and `merge` checks every zero afterwards, which needs one bit of
@@ -77,7 +78,7 @@ def merge(model: PeftModel, reprune: bool = False) -> nn.Module:
     return merged
 
 
-def _packed_zeros(model: nn.Module) -> dict[str, Tensor]:
+def _packed_zeros(model: Module) -> dict[str, Tensor]:
     """Return where each matrix is zero that PEFT adapts or trains whole, by the name that it has without PEFT."""
     zeros = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
@@ -88,7 +89,7 @@ def _packed_zeros(model: nn.Module) -> dict[str, Tensor]:
     return zeros
 
 
-def _dequantize(model: nn.Module, adapted: Mapping[str, BaseTunerLayer]) -> None:
+def _dequantize(model: Module, adapted: Mapping[str, BaseTunerLayer]) -> None:
     """Replace all quantized weights by those that `read_weight` returns, if adapters would be merged into some."""
     needed = False
     for name, layer in adapted.items():
@@ -119,10 +120,10 @@ def _dequantize(model: nn.Module, adapted: Mapping[str, BaseTunerLayer]) -> None
         loaded_by.remove_quantization_config(model)
 
 
-def _dequantized_layer(module: Any, dtype: torch.dtype | None) -> nn.Module:
+def _dequantized_layer(module: Any, dtype: torch.dtype | None) -> Module:
     """Return an ordinary layer in place of one of a quantization library; by default in the dtype of its weight."""
     weight = read_weight(module)
-    layer: nn.Module
+    layer: Module
     # The class that bitsandbytes replaced. A Conv1D has (d_in, d_out).
     if issubclass(getattr(module, "source_cls", nn.Linear), Conv1D):
         layer = Conv1D(*weight.shape)

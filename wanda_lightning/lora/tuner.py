@@ -7,6 +7,7 @@ from typing import Any
 from peft import LoraConfig, LoraModel
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers
 from torch import Tensor, nn
+from torch.nn import Module
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
@@ -63,7 +64,7 @@ class KeepZerosLoraConfig(LoraConfig):  # type: ignore[misc]  # PEFT is not foll
 class KeepZerosLoraModel(LoraModel):  # type: ignore[misc]  # PEFT is not followed by mypy
     """PEFT's LoRA with a `KeepZerosLinear` in place of each target; `get_peft_model` constructs it."""
 
-    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: Any, model: Module) -> None:
         """Check all targets before the first one is replaced."""
         super()._prepare_model(peft_config, model)
         # A copy: PEFT writes the names that "all-linear" stands for into the config, after this method.
@@ -86,8 +87,8 @@ class KeepZerosLoraModel(LoraModel):  # type: ignore[misc]  # PEFT is not follow
 
     @staticmethod
     def _create_new_module(
-        lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any
-    ) -> nn.Module:
+        lora_config: Any, adapter_name: str, target: Module, **kwargs: Any
+    ) -> Module:
         kwargs.pop("parameter_name", None)
         transposed = isinstance(target, Conv1D)
         layer = KeepZerosLinear(
@@ -98,7 +99,7 @@ class KeepZerosLoraModel(LoraModel):  # type: ignore[misc]  # PEFT is not follow
         return layer
 
 
-def refuse_unreadable(name: str, layer: nn.Module) -> None:
+def refuse_unreadable(name: str, layer: Module) -> None:
     """Raise a ValueError if a layer is quantized in a format whose zeros cannot be read."""
     if not can_be_read(layer):
         raise UserError(
@@ -107,7 +108,7 @@ def refuse_unreadable(name: str, layer: nn.Module) -> None:
         )
 
 
-def check_target(name: str, module: nn.Module) -> Tensor:
+def check_target(name: str, module: Module) -> Tensor:
     """Return the weight of a layer that can take a keep-zeros adapter; raise a ValueError for any other layer."""
     if isinstance(module, BaseTunerLayer) and not isinstance(module, KeepZerosLinear):
         raise UserError(

@@ -5,6 +5,7 @@ from wanda_lightning.models.inventory import (
     SkippedMatrices as SkippedMatrices,
     SkippedMatrix as SkippedMatrix,
     Stop as Stop,
+    Stops as Stops,
     count_parameters as count_parameters,
     find_layers as find_layers,
     group_by_stop as group_by_stop,

@@ -4,9 +4,10 @@ import re
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
+from torch.nn import Module
 from torch.nn.parameter import UninitializedParameter
 
-Modules = Mapping[str, nn.Module]
+Modules = Mapping[str, Module]
 """Modules of a model by name."""
 
 _EXPERT_LISTS = (nn.ModuleList, nn.ModuleDict)
@@ -22,7 +23,7 @@ def siblings_of(name: str, modules: Modules) -> str:
     return ""
 
 
-def stacked_experts(module: nn.Module) -> set[str]:
+def stacked_experts(module: Module) -> set[str]:
     """Return the names of a module's parameters that hold one matrix for each expert.
 
     Such a parameter has three dimensions, and its length is a number of experts: an integer attribute, with "expert" in
@@ -58,13 +59,13 @@ _EXIT = re.compile(r"(^|_)(down|out|output|w2|fc2|wo)(_|$)")
 _HIDDEN_SIZES = ("hidden_size", "hidden_dim", "d_model")
 
 
-def stored_by_columns(modules: Modules) -> dict[type[nn.Module], bool]:
+def stored_by_columns(modules: Modules) -> dict[type[Module], bool]:
     """Return for each class of stacked experts whether it stores the matrices as (d_in, d_out).
 
     A square matrix does not show its layout, so all modules of a class vote. A class without an unambiguous vote is
     missing from the result.
     """
-    votes: dict[type[nn.Module], set[bool]] = {}
+    votes: dict[type[Module], set[bool]] = {}
     for module_name, module in modules.items():
         for parameter_name in stacked_experts(module):
             vote = _is_by_columns(module, module_name, parameter_name, modules)
@@ -74,7 +75,7 @@ def stored_by_columns(modules: Modules) -> dict[type[nn.Module], bool]:
 
 
 def _is_by_columns(
-    module: nn.Module, module_name: str, parameter_name: str, modules: Modules
+    module: Module, module_name: str, parameter_name: str, modules: Modules
 ) -> bool | None:
     """Return whether a parameter holds matrices (d_in, d_out); None if nothing shows it."""
     declared = getattr(module, "is_transposed", None)
@@ -94,7 +95,7 @@ def _is_by_columns(
     return None
 
 
-def _hidden_size(module: nn.Module, module_name: str, modules: Modules) -> int | None:
+def _hidden_size(module: Module, module_name: str, modules: Modules) -> int | None:
     """Return the width of the hidden states that the module declares, or the config of the module or one around it."""
     declaring: list[object] = [module]
     components = module_name.split(".")
@@ -110,9 +111,9 @@ def _hidden_size(module: nn.Module, module_name: str, modules: Modules) -> int |
     return None
 
 
-def routers(modules: Modules) -> set[nn.Module]:
+def routers(modules: Modules) -> set[Module]:
     """Return the modules that route tokens to experts: siblings of the experts with a router's name or shape."""
-    routing: set[nn.Module] = set()
+    routing: set[Module] = set()
     for module in modules.values():
         children = dict(module.named_children())
         experts = {
@@ -135,7 +136,7 @@ def routers(modules: Modules) -> set[nn.Module]:
     return routing
 
 
-def _numbers_of_experts(experts: Iterable[nn.Module]) -> set[int]:
+def _numbers_of_experts(experts: Iterable[Module]) -> set[int]:
     """Return how many rows a router of these experts may have."""
     numbers = {1}  # the gate of shared experts has one row
     for module in experts:

@@ -5,7 +5,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module
 from torch.nn.parameter import UninitializedParameter
 
 from wanda_lightning.common.grouping import grouped
@@ -49,7 +50,7 @@ class Stop:
     """A point where calibration batches wait, the entry of a block or a layer. Without a module, none waits."""
 
     name: str
-    module: nn.Module | None
+    module: Module | None
     layers: tuple[Layer, ...]
 
     @property
@@ -60,9 +61,11 @@ class Stop:
         return all(layer.module is not self.module for layer in self.layers)
 
 
-def group_by_stop(
-    layers: Iterable[Layer], stop_of: Mapping[str, str], model: nn.Module
-) -> tuple[Stop, ...]:
+Stops = tuple[Stop, ...]
+"""Stops in the order in which batches reach them."""
+
+
+def group_by_stop(layers: Iterable[Layer], stop_of: Mapping[str, str], model: Module) -> Stops:
     """Group layers into stops, in the order of the layers. `stop_of` holds the module of each layer's stop, by name."""
     modules = named_modules(model)
     members = grouped(layers, lambda layer: stop_of[layer.name])
@@ -75,7 +78,7 @@ def group_by_stop(
 class Inventory:
     """Every matrix of a model."""
 
-    stops: tuple[Stop, ...]  # the layers to prune, in model order
+    stops: Stops  # the layers to prune, in model order
     skipped: tuple[SkippedMatrix, ...]  # all other matrices
     # By layer: the name of its block, or of its module if it lies in no block.
     blocks: Mapping[str, str]
@@ -91,12 +94,12 @@ class Inventory:
         return tuple(sorted(skipped, key=lambda matrix: -matrix.size))
 
 
-def number_of_parameters(model: nn.Module) -> int:
+def number_of_parameters(model: Module) -> int:
     """Return the number of parameters of a model without lazy modules."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def count_parameters(model: nn.Module) -> tuple[int, int]:
+def count_parameters(model: Module) -> tuple[int, int]:
     """Return the number of parameters of a model, and how many of those in memory are zero."""
     number = 0
     zeros = 0
@@ -110,7 +113,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def find_layers(
-    model: nn.Module,
+    model: Module,
     sequential: str = "block",
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
@@ -138,7 +141,7 @@ def find_layers(
 class _Finder:
     """Sorts the parameters of a model into layers and skipped matrices."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Module) -> None:
         self.model = model
         self.modules = named_modules(model)
         self.layers: list[Layer] = []
@@ -269,7 +272,7 @@ class _Finder:
     def _module_of_each_layer(self) -> dict[str, str]:
         return {layer.name: self._module_names[layer.module] for layer in self.layers}
 
-    def stops(self, sequential: str, blocks: Mapping[str, str]) -> tuple[Stop, ...]:
+    def stops(self, sequential: str, blocks: Mapping[str, str]) -> Stops:
         """Group the layers into stops."""
         if sequential == "none":
             return (Stop("", None, tuple(self.layers)),) if self.layers else ()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn import Module
 from torch.nn.utils import parametrize
 
 from wanda_lightning.common.errors import UserError
@@ -31,7 +32,7 @@ def _rows(x: Tensor) -> Tensor:
 class LayerKind:
     """Expresses one type of layer as a matrix product `tokens @ weight.T`. The defaults fit a linear layer."""
 
-    layer_type: type[nn.Module]  # subclasses are included if they keep its forward
+    layer_type: type[Module]  # subclasses are included if they keep its forward
     # As (d_out, d_in); a view if the layout allows it.
     read: Callable[[Tensor], Tensor] = lambda weight: weight
     write: Callable[[Tensor, Tensor], object] = lambda weight, matrix: weight.copy_(matrix)
@@ -90,7 +91,7 @@ def _window(layer: Any) -> object:
     return layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.padding_mode
 
 
-def _convolution(layer_type: type[nn.Module], dimensions: int) -> LayerKind:
+def _convolution(layer_type: type[Module], dimensions: int) -> LayerKind:
     channels = -1 - dimensions
 
     def outputs(images: Tensor) -> Tensor:
@@ -108,9 +109,9 @@ def _convolution(layer_type: type[nn.Module], dimensions: int) -> LayerKind:
 
 
 # The matrix of one expert in a parameter (experts, d_out, d_in) or (experts, d_in, d_out).
-EXPERT_BY_ROWS = LayerKind(nn.Module)
+EXPERT_BY_ROWS = LayerKind(Module)
 EXPERT_BY_COLUMNS = LayerKind(
-    nn.Module,
+    Module,
     read=Tensor.t,
     write=lambda weight, matrix: weight.copy_(matrix.t()),
     rows_first=False,
@@ -140,7 +141,7 @@ class Layer:
     """One prunable matrix and the module that contains it."""
 
     name: str  # of the module; `experts.down_proj.3` for an expert in a parameter, `conv.group3` for a group
-    module: nn.Module
+    module: Module
     kind: LayerKind
     parameter_name: str = "weight"
     expert: int | None = None  # if the parameter holds one matrix for each expert
@@ -281,10 +282,10 @@ def refuse_no_values(layer: Layer) -> None:
 
 def layers_of(
     name: str,
-    module: nn.Module,
+    module: Module,
     parameter_name: str,
     modules: Modules,
-    by_columns: Mapping[type[nn.Module], bool],
+    by_columns: Mapping[type[Module], bool],
 ) -> list[Layer]:
     """Return the layers that a parameter holds: none, a single one, or one for each expert or group."""
     kind = kind_of(module) if parameter_name == "weight" else None
@@ -306,7 +307,7 @@ def layers_of(
     ]
 
 
-def kind_of(module: nn.Module) -> LayerKind | None:
+def kind_of(module: Module) -> LayerKind | None:
     """Return the kind of a module, or None if its forward is not a product with its weight."""
     if parametrize.is_parametrized(module, "weight"):
         return None
@@ -318,7 +319,7 @@ def kind_of(module: nn.Module) -> LayerKind | None:
     return None
 
 
-def whole_layer(module: nn.Module) -> Layer | None:
+def whole_layer(module: Module) -> Layer | None:
     """Return a module as a layer with one matrix of ordinary numbers; None if it is not one."""
     kind = kind_of(module)
     if kind is None or getattr(module, "groups", 1) != 1:
@@ -342,7 +343,7 @@ def is_pointwise(layer: Layer) -> bool:
 
 
 # What a forward may write into.
-_MUTABLE = (Tensor, nn.Module, dict, list, set, deque)
+_MUTABLE = (Tensor, Module, dict, list, set, deque)
 
 
 @torch.no_grad()
@@ -382,7 +383,7 @@ def uncompiled_name(name: str) -> str:
     return ".".join(word for word in name.split(".") if word != _COMPILED)
 
 
-def named_modules(model: nn.Module) -> dict[str, nn.Module]:
+def named_modules(model: Module) -> dict[str, Module]:
     """Return all modules by name, without the wrappers of `torch.compile` and their parts of the names."""
     return {
         uncompiled_name(name): module
@@ -391,7 +392,7 @@ def named_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def adapted_module(model: nn.Module) -> str | None:
+def adapted_module(model: Module) -> str | None:
     """Return the name of the first module that PEFT has given an adapter, or None if there is none."""
     for name, module in named_modules(model).items():
         if getattr(type(module), "adapter_layer_names", ()):

@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module
 
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.models.layers import named_modules, uncompiled_name
@@ -36,7 +37,7 @@ def fitting_mask(masks: Sequence[TokenMask], name: str, x: Tensor) -> TokenMask 
     return None
 
 
-def token_masks(model: nn.Module, batch: Any) -> tuple[TokenMask, ...]:
+def token_masks(model: Module, batch: Any) -> tuple[TokenMask, ...]:
     """Read the padding of a batch from its `attention_mask`, which is the encoder's, and its `decoder_attention_mask`.
 
     An attention mask is (samples, tokens). The result for any other mask, such as one with a row for each query, fits
@@ -63,7 +64,7 @@ def token_masks(model: nn.Module, batch: Any) -> tuple[TokenMask, ...]:
     return usable if shows_padding else ()
 
 
-def _name_of(module: nn.Module, model: nn.Module) -> str:
+def _name_of(module: Module, model: Module) -> str:
     names = (name for name, other in model.named_modules() if other is module)
     return uncompiled_name(next(names))
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn import Module
 
 # Packages whose classes hold quantized weights.
 _QUANTIZERS = {
@@ -42,7 +43,7 @@ def is_packed_weight(name: str, buffer: Tensor) -> bool:
     return buffer.ndim >= 2 and _holds_codes(buffer) and "weight" in name.rpartition(".")[2]
 
 
-def quantizer(module: nn.Module, parameter: Tensor | None = None) -> str | None:
+def quantizer(module: Module, parameter: Tensor | None = None) -> str | None:
     """Return the quantization library that defines the class of a module or of its parameter, if one does."""
     for defined in (type(parameter), type(module)):
         package = defined.__module__.partition(".")[0]
@@ -51,7 +52,7 @@ def quantizer(module: nn.Module, parameter: Tensor | None = None) -> str | None:
     return None
 
 
-def is_quantized(module: nn.Module) -> bool:
+def is_quantized(module: Module) -> bool:
     """Whether a module's own parameters or buffers hold quantized weights, or a quantization library defines it."""
     if quantizer(module):
         return True
@@ -62,7 +63,7 @@ def is_quantized(module: nn.Module) -> bool:
     return any(starmap(is_packed_weight, module.named_buffers(recurse=False)))
 
 
-def can_be_read(module: nn.Module) -> bool:
+def can_be_read(module: Module) -> bool:
     """Whether `read_weight` can return the weight of a module."""
     library = quantizer(module, getattr(module, "weight", None))
     return library in _READABLE or not is_quantized(module)

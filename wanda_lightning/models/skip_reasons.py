@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Module
 from torch.nn.utils import parametrize
 
 from wanda_lightning.models.expert_stacks import Modules, routers, stacked_experts
@@ -78,7 +79,7 @@ def default_reasons(modules: Modules) -> dict[str, Reason]:
     routing = routers(modules)
     raw = _first_convolutions(modules)
 
-    def reason_for(name: str, module: nn.Module) -> Reason | None:
+    def reason_for(name: str, module: Module) -> Reason | None:
         if module in heads:
             return Reason(SkipReason.OUTPUT_HEAD, "output head")
         if name.startswith(tuple(adapters)):
@@ -99,9 +100,9 @@ def default_reasons(modules: Modules) -> dict[str, Reason]:
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-def _first_convolutions(modules: Modules) -> set[nn.Module]:
+def _first_convolutions(modules: Modules) -> set[Module]:
     """Return the first convolution of each kind if it reads the raw image or signal."""
-    first = set[nn.Module]()
+    first = set[Module]()
     for kind in _CONVOLUTIONS:
         for module in modules.values():
             if isinstance(module, kind):
@@ -111,7 +112,7 @@ def _first_convolutions(modules: Modules) -> set[nn.Module]:
     return first
 
 
-def _heads(module: nn.Module) -> set[nn.Module]:
+def _heads(module: Module) -> set[Module]:
     """Return the modules of the output head that a model or submodel declares."""
     tops = []
     if callable(_method(module, "get_output_embeddings")):
@@ -123,17 +124,17 @@ def _heads(module: nn.Module) -> set[nn.Module]:
 
     # A model of transformers with a head: whatever lies beside its body belongs to the head.
     body = module.base_model if hasattr(type(module), "base_model") else None
-    if tops and isinstance(body, nn.Module) and body is not module:
+    if tops and isinstance(body, Module) and body is not module:
         tops += [child for child in module.children() if child is not body]
-    return {inner for top in tops if isinstance(top, nn.Module) for inner in top.modules()}
+    return {inner for top in tops if isinstance(top, Module) for inner in top.modules()}
 
 
-def _method(module: nn.Module, name: str) -> Callable[..., Any] | None:
+def _method(module: Module, name: str) -> Callable[..., Any] | None:
     """Return a method that the module's class defines; a wrapper that forwards attribute access does not count."""
     return getattr(module, name) if hasattr(type(module), name) else None
 
 
-def _timm_stems(model_name: str, model: nn.Module, modules: Modules) -> Iterator[str]:
+def _timm_stems(model_name: str, model: Module, modules: Modules) -> Iterator[str]:
     """Yield the names of the modules in the stem of a model of timm, which declares them by regular expressions."""
     group_matcher = _method(model, "group_matcher")
     if not callable(group_matcher):
@@ -152,7 +153,7 @@ def _timm_stems(model_name: str, model: nn.Module, modules: Modules) -> Iterator
                 yield name
 
 
-def why_packed(weight: Tensor, module: nn.Module) -> str:
+def why_packed(weight: Tensor, module: Module) -> str:
     """Return why packed or quantized weights stay as they are. Pruning refuses them unless the user skips them."""
     library = quantizer(module, weight)
     if library:
@@ -164,7 +165,7 @@ def why_packed(weight: Tensor, module: nn.Module) -> str:
     return f"{form} weights of type {type(weight).__name__} cannot be pruned in place"
 
 
-def why_unsupported(module: nn.Module, parameter_name: str) -> str:
+def why_unsupported(module: Module, parameter_name: str) -> str:
     """Return why a parameter of two or more dimensions is not the weight of a supported layer."""
     kind = type(module).__name__
     if isinstance(module, parametrize.ParametrizationList):

@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Module
 
 from wanda_lightning.common.errors import UserError
 
 
-def reads_images(model: nn.Module) -> bool:
+def reads_images(model: Module) -> bool:
     """Return whether a model takes images and no text, judging by its modules, so a wrapper makes no difference.
 
     If the model contains models of transformers, one of them must have `pixel_values` as its main input, and none may
@@ -85,7 +86,7 @@ def has_vectors(output: object) -> bool:
     return predictions.shape[-1] < 2 or bool(((lengths - 1).abs() < tolerance).all())
 
 
-def causal_config(model: nn.Module) -> Any | None:
+def causal_config(model: Module) -> Any | None:
     """Return the config of the causal language model of transformers that a model is or contains.
 
     The result is None if there is none, or if it has an encoder.
@@ -98,7 +99,7 @@ def causal_config(model: nn.Module) -> Any | None:
     return None
 
 
-def own_head(module: nn.Module) -> nn.Module | None:
+def own_head(module: Module) -> Module | None:
     """Return the output head of a language model of transformers; None for any other module."""
     find_head = getattr(module, "get_output_embeddings", None)
     if find_head is None:
@@ -107,7 +108,7 @@ def own_head(module: nn.Module) -> nn.Module | None:
         head = find_head()
     except NotImplementedError:
         return None
-    return head if isinstance(head, nn.Module) else None
+    return head if isinstance(head, Module) else None
 
 
 def check_tokens(model: Any, input_ids: object) -> None:

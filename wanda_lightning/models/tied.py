@@ -4,19 +4,20 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module
 
 from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.models.quantized import is_wrapper
 from wanda_lightning.parallel import local
 
 
-def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def own_tensors(module: Module) -> Iterator[tuple[str, Tensor]]:
     """Return the names and values of a module's own parameters and buffers."""
     return chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
 
 
-def repeated_parameters(model: nn.Module) -> Iterator[tuple[str, str]]:
+def repeated_parameters(model: Module) -> Iterator[tuple[str, str]]:
     """Yield each further name of a parameter that has several names, with its first name."""
     first_names: dict[int, str] = {}  # by the id of the parameter
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -25,7 +26,7 @@ def repeated_parameters(model: nn.Module) -> Iterator[tuple[str, str]]:
             yield name, first
 
 
-def tied_tensors(model: nn.Module) -> set[tuple[nn.Module, str]]:
+def tied_tensors(model: Module) -> set[tuple[Module, str]]:
     """Return the module and the name of each parameter whose memory another parameter or buffer shares."""
     memory = {
         (module, name): _memory_id(tensor)

@@ -17,6 +17,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn import Module
 from transformers import AutoModelForCausalLM
 
 from wanda_lightning.common.aliases import Kwargs, StrPath
@@ -109,7 +110,7 @@ def _check_decoder_only(config: Any) -> None:
         )
 
 
-def check_causal(model: nn.Module) -> None:
+def check_causal(model: Module) -> None:
     """Raise a ValueError for an encoder, which attends to the next token, so predicting it would be trivial."""
     config: Any = model.config
     _check_decoder_only(config)
@@ -148,7 +149,7 @@ def warn_of_unused(name: str, unused: Collection[str], fate: str = "") -> None:
         )
 
 
-def create_classifier(name: StrPath, pretrained: bool, kwargs: Kwargs) -> nn.Module:
+def create_classifier(name: StrPath, pretrained: bool, kwargs: Kwargs) -> Module:
     """Create an image classifier of timm, with a name that `timm_name` accepts and more arguments of `create_model`.
 
     Raises an OSError for weights that can neither be downloaded nor found, and a ValueError for a wrong option or file.
@@ -221,7 +222,7 @@ def load_embedding_model(source: ModelSource, **options: Any) -> Any:
     return model
 
 
-def load_checkpoint(model: nn.Module, checkpoint: StrPath) -> None:
+def load_checkpoint(model: Module, checkpoint: StrPath) -> None:
     """Load all weights of a model from a `.safetensors` file; refuse one that is damaged or does not fit the model."""
     path = ModelSource(checkpoint).path
     if path.suffix != ".safetensors":
@@ -234,7 +235,7 @@ def load_checkpoint(model: nn.Module, checkpoint: StrPath) -> None:
     check_finite(model.named_parameters(), str(checkpoint))
 
 
-def model_from_config(source: ModelSource) -> nn.Module:
+def model_from_config(source: ModelSource) -> Module:
     """Build a model on the meta device, from its configuration alone."""
     if is_embedding_model(source):
         return load_embedding_model(source, device_map="meta")
@@ -281,7 +282,7 @@ def _stored_dtypes(files: Iterable[Path]) -> dict[str, str]:
     return dtypes
 
 
-def check_stored_as_float(name: str, files: Iterable[Path], model: nn.Module) -> None:
+def check_stored_as_float(name: str, files: Iterable[Path], model: Module) -> None:
     """Raise a ValueError for integers stored for a floating-point parameter: their scales are not known."""
     parameters = {
         key for key, parameter in model.named_parameters() if parameter.is_floating_point()

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module
 
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.wording import quantity
@@ -20,6 +21,7 @@ from wanda_lightning.models import (
     ReadWeight,
     SkipReason,
     Stop,
+    Stops,
     find_layers,
     group_by_stop,
     reads_images,
@@ -42,13 +44,13 @@ class Plan:
     """A model with its layers grouped into stops, and the choices and processes that prune it."""
 
     config: PruningConfig  # for this model, see `config_for`
-    model: nn.Module
+    model: Module
     processes: Processes
     inventory: Inventory
     preset: str = ""  # the name for these choices, before the model decided about any
 
     @property
-    def stops(self) -> tuple[Stop, ...]:
+    def stops(self) -> Stops:
         """The stops at which the calibration batches wait."""
         return self.inventory.stops
 
@@ -63,23 +65,23 @@ class Plan:
         return Stop("", None, self.layers)
 
     @cached_property
-    def blocks_and_layers(self) -> tuple[Stop, ...]:
+    def blocks_and_layers(self) -> Stops:
         """One stop for each block that holds layers, and for each layer outside of all blocks."""
         return group_by_stop(self.layers, self.inventory.blocks, self.model)
 
     @cached_property
-    def block_stops(self) -> tuple[Stop, ...]:
+    def block_stops(self) -> Stops:
         """One stop for each block that holds layers; none contains another."""
         stops = self.blocks_and_layers
         return tuple(stop for stop in stops if stop.is_block and stop.module is not self.model)
 
     @cached_property
-    def blocks(self) -> tuple[nn.Module, ...]:
+    def blocks(self) -> tuple[Module, ...]:
         """The modules of `block_stops`."""
         return tuple(stop.module for stop in self.block_stops if stop.module)
 
     @cached_property
-    def _tied(self) -> set[tuple[nn.Module, str]]:
+    def _tied(self) -> set[tuple[Module, str]]:
         return tied_tensors(self.model)
 
     def fitted_bias(self, layer: Layer) -> Tensor | None:
@@ -123,7 +125,7 @@ class Plan:
         ]
 
 
-def config_for(config: PruningConfig, model: nn.Module) -> PruningConfig:
+def config_for(config: PruningConfig, model: Module) -> PruningConfig:
     """Return the choices for one model, which decides about `sequential`, `weigh_rows=None` and `blocks=None`.
 
     `sequential="auto"` and `"one_pass"` mean `"none"` for image models. For others the pattern decides, see
@@ -148,7 +150,7 @@ def config_for(config: PruningConfig, model: nn.Module) -> PruningConfig:
 
 def make_plan(
     config: PruningConfig,
-    model: nn.Module,
+    model: Module,
     processes: Processes = SINGLE_PROCESS,
     by_block: bool = False,
 ) -> Plan:

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from torch import nn
+from torch.nn import Module
 
 from wanda_lightning.calibration.observer import Observation, Observer, StopObserver
 from wanda_lightning.common.aliases import Kwargs
@@ -34,7 +34,7 @@ class Removal(ABC):
     inspect_note = ""
 
     def check(  # noqa: B027  # weights can leave any layer of a plan
-        self, config: PruningConfig, model: nn.Module, inventory: Inventory
+        self, config: PruningConfig, model: Module, inventory: Inventory
     ) -> None:
         """Refuse a model from which nothing can leave, as far as it shows before it runs."""
 

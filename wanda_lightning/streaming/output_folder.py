@@ -30,7 +30,7 @@ from wanda_lightning.common.wording import one_line
 from wanda_lightning.models import SkippedMatrix
 from wanda_lightning.report import PrunedLayer
 from wanda_lightning.report.records import as_json, from_parsed
-from wanda_lightning.streaming.checkpoint import Checkpoint
+from wanda_lightning.streaming.checkpoint import Checkpoint, Keys
 
 PROGRESS_NAME = ".pruning_progress.json"
 _VERSION = 5  # of the progress file
@@ -73,7 +73,7 @@ class Shards:
         size = sum(tensor.nbytes for tensor in tensors.values())
         self.written[part] = replace(record, keys=list(tensors), size=size)
 
-    def stored(self, part: str) -> dict[Path, list[str]]:
+    def stored(self, part: str) -> Keys:
         """Return the file and the names of the tensors of a written part."""
         return {self.path(part): self.written[part].keys}
 

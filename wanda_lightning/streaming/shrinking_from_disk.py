@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch.nn import Module
 
 from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.trees import clone_arguments
@@ -78,7 +78,7 @@ def _shrink_parts(checkpoint: Checkpoint, shards: Shards) -> Shrunk:
     def save(part: str) -> None:
         shards.save(part, checkpoint.as_stored(part))
 
-    def enter(name: str, block: nn.Module, args: Any, kwargs: Any) -> None:
+    def enter(name: str, block: Module, args: Any, kwargs: Any) -> None:
         if name in shards.written:  # a block that runs twice
             checkpoint.load(name, shards.stored(name))
             return

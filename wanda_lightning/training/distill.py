@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn import Module
 from torch.nn.parameter import UninitializedParameter
 
 from wanda_lightning.calibration.error_notes import note_on_error
@@ -142,7 +143,7 @@ class _Item:
 _Items = Sequence[_Item | None]  # None for a sample of another process
 
 
-def _run_samples(dense: DenseModel, head: nn.Module | None) -> list[list[_Item]]:
+def _run_samples(dense: DenseModel, head: Module | None) -> list[list[_Item]]:
     """Return the samples of each batch of this process with the predictions of the dense model."""
     batches = []
     data = dense.data
@@ -266,7 +267,7 @@ def _share_of_rate(step: int, steps: int) -> float:
     return warm_up * (1 + math.cos(math.pi * min(1.0, step / steps))) / 2
 
 
-def _trainable(dense: DenseModel, head: nn.Module | None) -> list[nn.Parameter]:
+def _trainable(dense: DenseModel, head: Module | None) -> list[nn.Parameter]:
     """Return the parameters of the pruned layers and all vectors, without those of the head."""
     pruned = {layer.parameter for layer in dense.layers}
     # The dense predictions are stored as inputs of the head, which must not change.

@@ -9,7 +9,8 @@ from itertools import zip_longest
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module
 from torch.optim import Optimizer
 
 from wanda_lightning.common.aliases import Kwargs
@@ -91,7 +92,7 @@ class MaskedWeights(AbstractContextManager["MaskedWeights"]):
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Module,
         parameters: Sequence[Tensor],
         layers: Sequence[Layer],
         processes: Processes,

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
+from torch.nn import Module
 
 from wanda_lightning.calibration.samples import Sample, Samples, fit_together
 from wanda_lightning.common.errors import UserError
@@ -38,7 +39,7 @@ HELD_OUT = 8  # every eighth sample is held out, if there are at least eight
 _ROWS_AT_ONCE = 64  # predictions whose probabilities are in memory at the same time
 
 
-def mixed_precision(model: nn.Module, enabled: bool = True) -> AbstractContextManager[object]:
+def mixed_precision(model: Module, enabled: bool = True) -> AbstractContextManager[object]:
     """Run float32 models in bfloat16, if enabled, where the hardware supports it; keep the precision of a Trainer."""
     if not enabled:
         return nullcontext()
@@ -125,7 +126,7 @@ class DenseTarget(NamedTuple):
     """The dense predictions for one sample, stored as the inputs of the output head or as the predictions."""
 
     rows: Tensor
-    head: nn.Module | None
+    head: Module | None
 
     def predictions(self) -> Callable[[slice], Tensor]:
         """Return a function that computes a slice of the dense predictions, (rows, classes)."""
@@ -145,7 +146,7 @@ class DenseTarget(NamedTuple):
 
 
 def dense_targets(
-    samples: Sequence[Sample], data: Samples, head: nn.Module | None
+    samples: Sequence[Sample], data: Samples, head: Module | None
 ) -> list[DenseTarget]:
     """Return what the dense model predicts for the samples of a batch, which may be empty."""
     if not samples:
@@ -162,7 +163,7 @@ def dense_targets(
         return [first, *(_target(sample, head) for sample in others)]
 
 
-def _target(sample: Sample, head: nn.Module | None) -> DenseTarget:
+def _target(sample: Sample, head: Module | None) -> DenseTarget:
     """Return what the dense model predicts for a sample; as the inputs of the head if they are enough."""
     head_inputs = []
     hook: AbstractContextManager[object] = nullcontext()
@@ -200,7 +201,7 @@ def _refuse_unusable(predictions: Tensor, sample: Sample) -> None:
         )
 
 
-def output_head(model: nn.Module, layers: Sequence[Layer]) -> nn.Module | None:
+def output_head(model: Module, layers: Sequence[Layer]) -> Module | None:
     """Return the output head of the language model, which may be wrapped; None if there is none or it is pruned."""
     pruned = {layer.parameter for layer in layers}
     head = next(filter(None, map(own_head, model.modules())), None)
@@ -221,7 +222,7 @@ def _nearly_equal(first: Tensor, second: Tensor) -> bool:
 class DistillLoss:
     """Compares predictions of a pruned model with the dense ones, and with the next tokens of text; see `Distill`."""
 
-    model: nn.Module
+    model: Module
     kind: str | None
     next_token: float
     causal: Any  # configuration of a causal language model of transformers, or None

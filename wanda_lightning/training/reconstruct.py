@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Module
 
 from wanda_lightning.calibration.batches import separable_samples
 from wanda_lightning.calibration.lockstep import Call
@@ -116,7 +117,7 @@ class _Part:
     """A module of a block (attention, MLP, or the block itself) with its pruned layers, and one run for each batch."""
 
     name: str
-    module: nn.Module
+    module: Module
     layers: tuple[Layer, ...]
     runs: list[_Run] = field(default_factory=list)
 
@@ -264,13 +265,13 @@ def _parts(stop: Stop) -> list[_Part]:
     return [child for child in children if child.layers]
 
 
-def _part(name: str, module: nn.Module, layers: Sequence[Layer]) -> _Part:
+def _part(name: str, module: Module, layers: Sequence[Layer]) -> _Part:
     """Return a module with those of the layers that are in it."""
     inside = {child for child in module.modules() if child is not module}
     return _Part(name, module, tuple(layer for layer in layers if layer.module in inside))
 
 
-def _called_children(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+def _called_children(module: Module, prefix: str) -> Iterator[tuple[str, Module]]:
     """Yield the children of a module, with the members of a list or dictionary in place of the container."""
     for name, child in module.named_children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-from torch import nn
+from torch.nn import Module
 
 from wanda_lightning.calibration.lockstep import Call
 from wanda_lightning.calibration.samples import Samples
@@ -32,9 +32,9 @@ class BlockRecovery:
 class DenseModel(NamedTuple):
     """A model before any layer is pruned, and the data to train it on."""
 
-    model: nn.Module
+    model: Module
     layers: Sequence[Layer]  # that will be pruned
-    blocks: Sequence[nn.Module]  # that contain these layers
+    blocks: Sequence[Module]  # that contain these layers
     data: Samples
     processes: Processes
     progress: bool

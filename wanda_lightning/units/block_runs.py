@@ -8,7 +8,8 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Module
 
 from wanda_lightning.calibration.lockstep import Call
 from wanda_lightning.calibration.trees import tensors_within
@@ -27,7 +28,7 @@ class _Record:
     results: list[Tensor] = field(default_factory=list)
     buffers: list[Tensor] = field(default_factory=list)  # that the block wrote into
     # Inputs of each module with a matrix, one tensor for each of its calls.
-    inputs: dict[nn.Module, list[Tensor]] = field(default_factory=dict)
+    inputs: dict[Module, list[Tensor]] = field(default_factory=dict)
     eps: float = 0.0  # largest relative rounding error of the dtypes that the block used
 
 
@@ -37,7 +38,7 @@ class BlockRuns:
     Of a `whole` model, only what it returns is compared, and less strictly: rounding spreads from block to block.
     """
 
-    def __init__(self, block: nn.Module, calls: Sequence[Call], whole: bool = False) -> None:
+    def __init__(self, block: Module, calls: Sequence[Call], whole: bool = False) -> None:
         self._block = block
         self._calls = calls
         self._whole = whole
@@ -51,9 +52,7 @@ class BlockRuns:
             watched = self._matrices if is_watched else []
             yield replace(call, forward=partial(self._run_first, call, watched))
 
-    def _run_first(
-        self, call: Call, watched: Sequence[nn.Module], *args: Any, **kwargs: Any
-    ) -> Any:
+    def _run_first(self, call: Call, watched: Sequence[Module], *args: Any, **kwargs: Any) -> Any:
         output, record = self._run(call, args, kwargs, watched)
         self._records.append(record)
         return output
@@ -63,7 +62,7 @@ class BlockRuns:
         """Whether there is no call."""
         return not self._records
 
-    def reads_alone(self, module: nn.Module) -> bool:
+    def reads_alone(self, module: Module) -> bool:
         """Whether the first call reaches a module, and no other module with a matrix gets the same input."""
         inputs = dict(self._records[0].inputs)
         own_inputs = inputs.pop(module, None)
@@ -132,7 +131,7 @@ class BlockRuns:
             loosely=self._whole,
         )
 
-    def _run_again(self, index: int, watched: Sequence[nn.Module] = ()) -> _Record:
+    def _run_again(self, index: int, watched: Sequence[Module] = ()) -> _Record:
         call = self._calls[index]
         records = []
 
@@ -143,12 +142,12 @@ class BlockRuns:
         return records[0]
 
     def _run(
-        self, call: Call, args: Any, kwargs: Any, watched: Sequence[nn.Module]
+        self, call: Call, args: Any, kwargs: Any, watched: Sequence[Module]
     ) -> tuple[Any, _Record]:
         """Run a call on arguments that it may change, and record the inputs of the watched modules."""
-        inputs: dict[nn.Module, list[Tensor]] = {}
+        inputs: dict[Module, list[Tensor]] = {}
 
-        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        def enter(module: Module, args: Any, kwargs: Any) -> None:
             tensors = tensors_within((args, kwargs))
             if tensors:
                 inputs.setdefault(module, []).append(tensors[0].clone())
@@ -180,12 +179,12 @@ class BlockRuns:
         return output, record
 
 
-def device_of(module: nn.Module) -> torch.device:
+def device_of(module: Module) -> torch.device:
     """Return the device of the first parameter; the CPU for a module without parameters."""
     return next((p.device for p in module.parameters()), torch.device("cpu"))
 
 
-def _has_matrix(module: nn.Module) -> bool:
+def _has_matrix(module: Module) -> bool:
     return any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
 
 

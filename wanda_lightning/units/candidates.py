@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Module
 
 from wanda_lightning.common.aliases import Action
 from wanda_lightning.core.types import Orders, Units
@@ -35,15 +36,15 @@ _VECTORS = frozenset({"num_features", "num_channels", "groups"}) | _INPUTS | _OU
 _AROUND = frozenset({"intermediate_size", "ffn_dim", "hidden_features", "inner_dim"})
 
 
-Change = tuple[nn.Module, str, Any]  # an attribute of a module, and its new value
-Line = tuple[nn.Module, str, int]  # a tensor of a module, and a dimension
+Change = tuple[Module, str, Any]  # an attribute of a module, and its new value
+Line = tuple[Module, str, int]  # a tensor of a module, and a dimension
 
 
 @dataclass(frozen=True, eq=False)
 class Slot:
     """The entries of a tensor that belong to hidden units."""
 
-    module: nn.Module
+    module: Module
     name: str  # of the tensor
     dim: int  # along which the units lie
     unit_index: Tensor | None = None  # as `index`; None if every entry is a unit
@@ -128,7 +129,7 @@ class HiddenUnits:
     writers: tuple[
         Layer, ...
     ] = ()  # and other layers that read the units on their way to the reader
-    parents: tuple[nn.Module, ...] = ()  # modules whose attributes may hold the width
+    parents: tuple[Module, ...] = ()  # modules whose attributes may hold the width
 
     @property
     def columns(self) -> Tensor:
@@ -159,7 +160,7 @@ class HiddenUnits:
         )
 
     @property
-    def inner(self) -> set[nn.Module]:
+    def inner(self) -> set[Module]:
         """The modules with a matrix that the units enter on their way to the reader."""
         entered = set()
         for slot in self.slots[:-1]:
@@ -223,7 +224,7 @@ class HiddenUnits:
 UnitsByReader = Mapping[str, HiddenUnits]
 
 
-def hidden_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator[HiddenUnits]:
+def hidden_units(reader: Layer, parent: Module, block: Module) -> Iterator[HiddenUnits]:
     """Yield candidates for the hidden units that a plain layer reads, the likeliest first.
 
     Their writers are sought in the module that contains the layer (`parent`), then in its block. Nothing is proposed if
@@ -257,7 +258,7 @@ def hidden_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator
                 yield HiddenUnits(reader, d_in, (*rows, *extra, read))
 
 
-def _whole_layers(scope: nn.Module, reader: Layer) -> list[Layer]:
+def _whole_layers(scope: Module, reader: Layer) -> list[Layer]:
     """Return the modules that are whole layers, but not the reader."""
     layers = map(whole_layer, scope.modules())
     return [layer for layer in layers if layer and layer.module is not reader.module]
@@ -280,7 +281,7 @@ def _written_units(width: int, layers: Sequence[Layer]) -> Iterator[Slots]:
             yield _rows(layer, rows.reshape(1, width, 2).transpose(1, 2))
 
 
-def _values_of_heads(d_in: int, layers: Sequence[Layer], block: nn.Module) -> Iterator[Slots]:
+def _values_of_heads(d_in: int, layers: Sequence[Layer], block: Module) -> Iterator[Slots]:
     """Propose rows of attention heads' values, written by a layer of their own or together with queries and keys."""
     for size in _attributes(block, _HEAD_SIZES):
         if size < 2 or d_in % size:
@@ -299,7 +300,7 @@ def _values_of_heads(d_in: int, layers: Sequence[Layer], block: nn.Module) -> It
                     yield _rows(layer, rows.reshape(kv_heads, 1, -1)[..., -size:])
 
 
-def _numbers_of_kv_heads(heads: int, heads_written: int, block: nn.Module) -> list[int]:
+def _numbers_of_kv_heads(heads: int, heads_written: int, block: Module) -> list[int]:
     """Return how many heads may share their values: those of a layer alone, all, or those of a fused layer."""
     numbers = [heads_written, heads, (heads_written - heads) // 2, *_attributes(block, _KV_HEADS)]
     return list(dict.fromkeys(number for number in numbers if number > 0 and heads % number == 0))
@@ -318,13 +319,13 @@ def columns_of(layer: Layer, unit_index: Tensor | None = None) -> Slot:
     return Slot(layer.module, "weight", 1 if layer.kind.rows_first else 0, unit_index)
 
 
-def _attributes(block: nn.Module, names: Sequence[str]) -> list[int]:
+def _attributes(block: Module, names: Sequence[str]) -> list[int]:
     """Return the whole numbers that modules of a block store under one of the names."""
     values = [getattr(module, name, None) for module in block.modules() for name in names]
     return list(dict.fromkeys(value for value in values if type(value) is int))
 
 
-def _resized(module: nn.Module, names: frozenset[str], before: int, after: int) -> list[Change]:
+def _resized(module: Module, names: frozenset[str], before: int, after: int) -> list[Change]:
     return [
         (module, name, after)
         for name in names & vars(module).keys()
@@ -332,7 +333,7 @@ def _resized(module: nn.Module, names: frozenset[str], before: int, after: int) 
     ]
 
 
-def removable_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator[HiddenUnits]:
+def removable_units(reader: Layer, parent: Module, block: Module) -> Iterator[HiddenUnits]:
     """Yield candidates for the hidden units that a layer reads, the likeliest first.
 
     They are sought as `hidden_units` seeks them, but may have anything between writers and reader.
@@ -354,7 +355,7 @@ def removable_units(reader: Layer, parent: nn.Module, block: nn.Module) -> Itera
             yield HiddenUnits(reader, width, slots, others, parents)
 
 
-def _removable_slots(reader: Layer, scope: nn.Module, layers: Sequence[Layer]) -> Iterator[Slots]:
+def _removable_slots(reader: Layer, scope: Module, layers: Sequence[Layer]) -> Iterator[Slots]:
     """Yield the tensors that may hold the units: the rows that write them, others in between, the reader's columns."""
     width = reader.width
     position = {module: number for number, module in enumerate(scope.modules())}
@@ -383,7 +384,7 @@ def _removable_slots(reader: Layer, scope: nn.Module, layers: Sequence[Layer]) -
             yield (*rows, *others, columns_of(reader))
 
 
-def _remoteness(rows: Slots, position: Mapping[nn.Module, int], end: int) -> tuple[int, bool, int]:
+def _remoteness(rows: Slots, position: Mapping[Module, int], end: int) -> tuple[int, bool, int]:
     """Order proposals for the writers of units: the fewest first, then the nearest before the reader at `end`.
 
     More writers than needed fit, too, if parts of a model are alike, but then all lose the units that one loses.
@@ -393,7 +394,7 @@ def _remoteness(rows: Slots, position: Mapping[nn.Module, int], end: int) -> tup
     return number_of_writers, last > end, abs(end - last)
 
 
-def _carried(scope: nn.Module, width: int) -> Iterator[Slot]:
+def _carried(scope: Module, width: int) -> Iterator[Slot]:
     """Yield what has one entry for each unit, such as BatchNorm and depthwise convolutions."""
     for module in scope.modules():
         if _is_depthwise(module, width):
@@ -406,7 +407,7 @@ def _carried(scope: nn.Module, width: int) -> Iterator[Slot]:
                     yield Slot(module, name, 0)
 
 
-def _is_depthwise(module: nn.Module, width: int) -> bool:
+def _is_depthwise(module: Module, width: int) -> bool:
     if not isinstance(module, nn.Conv1d | nn.Conv2d):
         return False
     return module.groups == module.in_channels == module.out_channels == width

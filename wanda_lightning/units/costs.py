@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import Module
 
 from wanda_lightning.calibration.lockstep import Call, lockstep
 from wanda_lightning.calibration.samples import Sample
@@ -76,9 +77,9 @@ def _entries(slot: Slot) -> float:
     return slot.tensor.numel() / slot.tensor.shape[slot.dim] * lines_of_unit
 
 
-def _positions(units: UnitsByReader, batches: Sequence[Sample]) -> dict[nn.Module, float]:
+def _positions(units: UnitsByReader, batches: Sequence[Sample]) -> dict[Module, float]:
     """Return at how many positions of the batch each module with a matrix of units computes an output."""
-    positions = defaultdict[nn.Module, float](float)
+    positions = defaultdict[Module, float](float)
 
     def count(module: Any, args: object, output: object) -> None:
         layer = whole_layer(module)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch.nn import Module
 
 from wanda_lightning.common.aliases import Action
 from wanda_lightning.common.errors import UserError
@@ -31,7 +31,7 @@ _IsSame = Callable[[], bool]
 _Path = tuple[str, ...]  # of an attribute in a configuration, which may hold other configurations
 
 
-def fit_configuration(model: nn.Module, is_same: _IsSame = lambda: True) -> tuple[str, Action]:
+def fit_configuration(model: Module, is_same: _IsSame = lambda: True) -> tuple[str, Action]:
     """Adapt the configuration of each model of transformers that a model is or contains, and its class if necessary.
 
     The model gets a configuration of its own, since another model may have been built from the old one. An attribute
@@ -80,7 +80,7 @@ def _fit(model: Any, is_same: _IsSame) -> str:
     def changed(settings: Settings) -> Any:
         return _changed(copy.deepcopy(before), settings)
 
-    def built_with(settings: Settings) -> nn.Module:
+    def built_with(settings: Settings) -> Module:
         from transformers.initialization import no_init_weights
 
         with torch.device("meta"), no_init_weights():
@@ -158,7 +158,7 @@ def auto_classes(family: Any, config: Any) -> dict[str, str]:
     return names
 
 
-def refuse_unloadable(model: nn.Module) -> None:
+def refuse_unloadable(model: Module) -> None:
     """Refuse to save a model that nothing could load: it needs a class of its own, but has one of another library."""
     config = getattr(model, "config", None)
     if config is None or SHAPES not in vars(config):

@@ -8,7 +8,7 @@ transformers, `timm_arguments.py` with the arguments of timm. What no setting gi
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch.nn import Module
 
 Setting = tuple[Any, Any]  # a name and a value
 Settings = tuple[Setting, ...]  # set one after the other
@@ -27,8 +27,8 @@ class WrongShape(NamedTuple):
 
 
 def fit_settings(
-    model: nn.Module,
-    built_with: Callable[[Settings], nn.Module],
+    model: Module,
+    built_with: Callable[[Settings], Module],
     options: Callable[[Settings, Sizes], Iterable[Setting]],
     is_right: Callable[[Settings], bool] = lambda settings: True,
 ) -> tuple[Settings, Mapping[str, WrongShape]]:
@@ -68,7 +68,7 @@ def fit_settings(
 
 
 def wrong_shapes(
-    model: nn.Module, built: nn.Module, names: Collection[str] | None = None
+    model: Module, built: Module, names: Collection[str] | None = None
 ) -> dict[str, WrongShape]:
     """Return the tensors with other shapes than in `model`, among some names; by default among those of `built`."""
     built_shapes = _shapes_of(built)
@@ -80,7 +80,7 @@ def wrong_shapes(
     }
 
 
-def _shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def _shapes_of(model: Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -94,7 +94,7 @@ def changed_sizes(wrong: Mapping[str, WrongShape]) -> Sizes:
     return sizes
 
 
-def differences(model: nn.Module, built: nn.Module) -> dict[str, Any]:
+def differences(model: Module, built: Module) -> dict[str, Any]:
     """Return the shapes of tensors and the widths of modules that a model as built does not have, by their keys."""
     wrong = wrong_shapes(model, built)
     sizes = changed_sizes(wrong)

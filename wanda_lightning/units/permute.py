@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import nn
+from torch.nn import Module
 
 from wanda_lightning.calibration.lockstep import Visit
 from wanda_lightning.calibration.observer import Observer
@@ -80,7 +80,7 @@ class _PermutationSearch(UnitSearch):
         self.put_back_blocks: list[str] = []  # whose units have their own order again
         self.reorderings: dict[str, list[_Reordering]] = {}  # by block
         # Their tensors have another order, perhaps buffers among them.
-        self.permuted_modules: set[nn.Module] = set()
+        self.permuted_modules: set[Module] = set()
         self._observer = Observer(Wanda.needs, plan.processes)
 
     def permute_block(self, visit: Visit) -> None:
@@ -157,7 +157,7 @@ class _PermutationSearch(UnitSearch):
         return self._plan.processes.all_agree(is_permuted)
 
 
-def _candidates(reader: Layer, parent: nn.Module, block: nn.Module) -> Iterator[HiddenUnits]:
+def _candidates(reader: Layer, parent: Module, block: Module) -> Iterator[HiddenUnits]:
     """Yield candidates for the hidden units that a plain layer reads, at last with depthwise layers in between."""
     yield from hidden_units(reader, parent, block)
     yield from removable_units(reader, parent, block)

@@ -7,7 +7,7 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-from torch import nn
+from torch.nn import Module
 
 from wanda_lightning.calibration.lockstep import Visit
 from wanda_lightning.calibration.pruning_mode import pruning_mode
@@ -239,7 +239,7 @@ class _RemovalSearch(UnitSearch):
             return self._plan.processes.all_agree(is_same)
 
 
-def _likeness(block: nn.Module) -> tuple[object, ...]:
+def _likeness(block: Module) -> tuple[object, ...]:
     """Return what blocks that compute alike have in common: parameters, and attributes such as a share of zeros."""
     shapes = [(name, parameter.shape) for name, parameter in block.named_parameters()]
     attributes = [
@@ -258,7 +258,7 @@ def _one_block(plan: Plan) -> Stop:
     levels = zip(*paths, strict=False)
     common = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, levels)]
     # A ModuleList has no forward.
-    while common and type(modules[".".join(common)]).forward is nn.Module.forward:
+    while common and type(modules[".".join(common)]).forward is Module.forward:
         common.pop()
     name = ".".join(common)
     return Stop(name, modules[name], plan.layers)

@@ -7,7 +7,7 @@ shows which candidate is right.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 
-from torch import nn
+from torch.nn import Module
 
 from wanda_lightning.calibration.lockstep import Visit, lockstep
 from wanda_lightning.common.progress import ProgressBar
@@ -54,7 +54,7 @@ def visit_dense_blocks(
 class UnitSearch:
     """Finds the hidden units of one block after the other."""
 
-    def __init__(self, plan: Plan, likeness: Callable[[nn.Module], object]) -> None:
+    def __init__(self, plan: Plan, likeness: Callable[[Module], object]) -> None:
         self._plan = plan
         self._likeness = likeness  # equal for blocks in which the same candidate is right
         self._modules = named_modules(plan.model)
@@ -67,7 +67,7 @@ class UnitSearch:
         reader: Layer,
         block: Stop,
         runs: BlockRuns,
-        candidates: Callable[[Layer, nn.Module, nn.Module], Iterator[HiddenUnits]],
+        candidates: Callable[[Layer, Module, Module], Iterator[HiddenUnits]],
         is_right: Callable[[HiddenUnits, BlockRuns], bool | None],
     ) -> HiddenUnits | None:
         """Return the hidden units of a reader: the first candidate that is right, if any.

@@ -12,7 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch.nn import Module
 
 from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.errors import UserError
@@ -115,7 +115,7 @@ def fit_arguments(model: Any, arguments: Kwargs) -> tuple[str, Kwargs]:
     return shrunk_model.__name__, {**arguments, _BASE: name, **different}
 
 
-def _refuse_other_modules(model: nn.Module, built: nn.Module, name: str) -> None:
+def _refuse_other_modules(model: Module, built: Module, name: str) -> None:
     lines = itertools.zip_longest(
         str(model).splitlines(), str(built).splitlines(), fillvalue="nothing"
     )
@@ -155,7 +155,7 @@ def _scaled(value: Any, ratio: float) -> Any:
     return number
 
 
-def _build(name: str, arguments: Kwargs) -> nn.Module:
+def _build(name: str, arguments: Kwargs) -> Module:
     import timm
 
     with torch.device("meta"):
