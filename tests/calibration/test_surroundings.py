@@ -349,12 +349,14 @@ def default_dtype():
 SETTINGS = {
     "sdpa_kernel": (partial(sdpa_kernel, SDPBackend.MATH), torch.backends.cuda.flash_sdp_enabled),
     "default dtype": (default_dtype, torch.get_default_dtype),
+    "anomaly mode": (partial(torch.autograd.set_detect_anomaly, True), torch.is_anomaly_enabled),
 }
 
 
 @pytest.mark.parametrize("sequential", ["layer", "block"])
 @pytest.mark.parametrize("runs", [[3], [1, 1, 1], [2]])
 @pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
 def test_a_setting_of_the_process_is_as_before_afterwards(setting, runs, sequential):
     enter, current = SETTINGS[setting]
 

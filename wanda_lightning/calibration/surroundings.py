@@ -141,7 +141,7 @@ class TorchState:
     """The state of PyTorch at the time of construction.
 
     Gradients, inference mode, autocast, the stream with its device, the default device and dtype, the kernels of
-    attention, and the modes of functions and dispatch: a model may change them between two stops, where
+    attention, anomaly mode, and the modes of functions and dispatch: a model may change them between two stops, where
     other samples and the scheduler run.
     """
 
@@ -227,6 +227,10 @@ def _set_stream(stream: torch.Stream | None) -> None:
         torch.accelerator.set_stream(stream)  # changes the current device, too
 
 
+def _anomaly_mode() -> tuple[bool, bool]:
+    return torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+
+
 class _Setting(NamedTuple):
     """A setting of the whole process."""
 
@@ -236,6 +240,7 @@ class _Setting(NamedTuple):
 
 _SETTINGS = (
     _Setting(torch.get_default_dtype, torch.set_default_dtype),
+    _Setting(_anomaly_mode, lambda mode: torch.set_anomaly_enabled(*mode)),
     _Setting(cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
     _Setting(cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
     _Setting(cuda.math_sdp_enabled, cuda.enable_math_sdp),

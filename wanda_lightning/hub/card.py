@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,10 +66,9 @@ def write_card(
     run = _without_folders(full_run)
     report = replace(report, run=run)
     base = _id_on_hub(full_run.model.removeprefix("timm:").removeprefix("hf-hub:"))
-    library, task, code = _loading(folder / "config.json", name, on_hub)
-    served = [name]
-    if "trust_remote_code" in code:
-        served.append("--trust-remote-code")
+    config_file = folder / "config.json"
+    config = json.loads(config_file.read_bytes()) if config_file.exists() else {}
+    library, task, loader = _loading(config, (folder / "modules.json").exists())
     rows, results = _results(run)
 
     picture = ""
@@ -80,17 +79,6 @@ def write_card(
 
     method = descriptions.choices_of(report.config).partition(",")[0].lower()
     tags = ["pruned", "" if report.shrunk else "sparse", "wanda_lightning", method]
-    versions = [
-        f"{library} {version}"
-        for library, version in report.versions.items()
-        if version[0].isdigit()
-    ]
-    settings = {
-        "Method": descriptions.method_in_words(report.config),
-        "Calibration data": run.calibration,
-        "Time": wording.duration(report.total_seconds),
-        "Versions": ", ".join(versions),
-    }
     card = ModelCard.from_template(
         ModelCardData(
             base_model=base,
@@ -106,14 +94,18 @@ def write_card(
         base=base,
         rows=rows,
         picture=picture,
-        code=code,
+        library=library,
         task=task,
-        serve=shlex.join(served),
-        settings=settings,
+        loader=loader,
+        has_own_code="auto_map" in config,
+        name=name,
+        on_hub=on_hub,
         report=report,
         run=run,
         trained_steps=trained_steps,
         escaped=_escaped,
+        quoted=json.dumps,
+        shell_word=shlex.quote,
         wording=wording,
         descriptions=descriptions,
     )
@@ -196,50 +188,26 @@ def _results(run: Circumstances) -> tuple[list[tuple[str, str, str]], list[Any]]
     return rows, metadata
 
 
-def _loading(config_file: Path, name: str, on_hub: bool) -> tuple[str | None, str | None, str]:
-    """Return the library and the task, in the words of the hub, and the code that loads a model with this config."""
-    config = json.loads(config_file.read_bytes()) if config_file.exists() else {}
+def _loading(config: Mapping[str, Any], is_embedding: bool) -> tuple[str | None, str | None, str]:
+    """Return the library and the task, in the words of the hub, and what loads a model with this config."""
     if "architecture" in config:
-        is_shrunk = config["architecture"] == "shrunk_model"
-        return "timm", "image-classification", _code_for_timm(name, on_hub, is_shrunk)
+        return "timm", "image-classification", config["architecture"]
     if "model_type" not in config:
         return None, None, ""
-
-    arguments = json.dumps(name)
-    if "auto_map" in config:  # the folder has its own modeling file
-        arguments += ", trust_remote_code=True"
-    if config_file.with_name("modules.json").exists():
-        code = f"from sentence_transformers import SentenceTransformer\n\nmodel = SentenceTransformer({arguments})"
-        return "sentence-transformers", "sentence-similarity", code
+    if is_embedding:
+        return "sentence-transformers", "sentence-similarity", "SentenceTransformer"
 
     (architecture, *_) = config.get("architectures") or ["AutoModel"]
     task = None
     if architecture.endswith(("ForCausalLM", "LMHeadModel")):
         task = "text-generation"
-    if "auto_map" in config:
+    if "auto_map" in config:  # the folder has its own modeling file
         for auto, own_class in config["auto_map"].items():
             if own_class.endswith(f".{architecture}"):
                 architecture = auto
     elif task:
         architecture = "AutoModelForCausalLM"
-    code = f"from transformers import {architecture}\n\nmodel = {architecture}.from_pretrained({arguments})"
-    return "transformers", task, code
-
-
-def _code_for_timm(name: str, on_hub: bool, is_shrunk: bool) -> str:
-    lines = ["import timm", ""]
-    if is_shrunk:
-        # A file beside the configuration registers the architecture.
-        folder = json.dumps(name)
-        lines = ["import sys", "", "import timm"]
-        if on_hub:
-            lines.append("from huggingface_hub import snapshot_download")
-            folder = f"snapshot_download({folder})"
-        lines += ["", f"sys.path.append({folder})", "import modeling_shrunk", ""]
-    source = "hf-hub" if on_hub else "local-dir"
-    address = json.dumps(f"{source}:{name}")
-    lines.append(f"model = timm.create_model({address}, pretrained=True)")
-    return "\n".join(lines)
+    return "transformers", task, architecture
 
 
 def _escaped(text: str) -> str:
