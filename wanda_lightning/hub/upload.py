@@ -62,7 +62,11 @@ def upload(folder: StrPath, repo_id: str, files: Collection[str], private: bool 
                 RESULT_FILES,
             ],
         )
-    except Exception as error:  # of the connection, of the server, of the disk; or it is public now
+    except UserError as error:
+        raise OSError(
+            f"The model is saved in {folder}, but it was not uploaded: {error}"
+        ) from error
+    except Exception as error:  # of the connection, of the server, of the disk
         command = ["hf", "upload", repo_id, os.fspath(folder)]
         if private:
             command.append("--private")
