@@ -174,5 +174,6 @@ def test_typed_choices_are_the_arguments():
     ],
 )
 def test_an_unknown_choice_is_named(start):
-    with pytest.raises(TypeError, match="unexpected keyword argument 'patern'"):
+    message = r"^patern is no choice of pruning\. Did you mean pattern\?$"
+    with pytest.raises(ValueError, match=message):
         start(patern="2:4")

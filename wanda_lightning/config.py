@@ -302,6 +302,14 @@ def _base(option: str) -> type:
     return next(getattr(room, option.title()) for room in rooms if hasattr(room, option.title()))
 
 
+def check_choices(choices: Mapping[str, Any]) -> None:
+    """Raise a ValueError for an argument that is no choice of pruning."""
+    for name in choices.keys() - PruningChoices.__annotations__.keys():
+        raise UserError(
+            f"{name} is no choice of pruning.{did_you_mean(name, PruningChoices.__annotations__)}"
+        )
+
+
 def _check_sparsity(sparsity: float) -> None:
     name = "sparsity"
     if isinstance(sparsity, int | float) and sparsity > 1:

@@ -152,6 +152,7 @@ prune --shrink --pattern 2:4 --save_model x -> --shrink must be left out for --p
 prune --private -> --private must be left out for a command without --push_to_hub
 prune --report report.pdf -> report must end with .html or .png, but it is 'report.pdf'.
 evaluate --data digits --checkpoint a,b -> --checkpoint must have one file for each --model, but it has 2.
+evaluate --model gpt2,timm:resnet18 -> --model must name language models, or image classifiers.
 evaluate --task_limit 3 -> --task_limit must be left out for
 evaluate --evaluation c4,gone.txt -> for --evaluation. text must be an existing file
 inspect --seed 1 -> Unknown option: --seed.

@@ -116,7 +116,7 @@ def test_transforms_come_from_the_model_of_the_trainer(monkeypatch):
     ("model", "message"),
     [
         (nn.Linear(2, 2), "pretrained_cfg .* but Linear has none"),
-        (None, "^model must be a timm model, .* but NoneType has none"),
+        (None, "^model must be given, .* no Trainer runs"),
         (vit(num_classes=3), "digits has 10 and the model 3"),
     ],
 )

@@ -59,10 +59,12 @@ def test_devices_that_cannot_be_used_are_refused(source, out, device):
 
 
 def test_bad_places_are_refused(source, tmp_path):
-    (tmp_path / "file").touch()
-    for place in (source, tmp_path):
-        with pytest.raises(FileExistsError, match="not empty"):
+    for place in (source, source / "out"):
+        with pytest.raises(ValueError, match="output must lie outside of the source"):
             stream(source, place, batches())
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="not empty"):
+        stream(source, tmp_path, batches())
 
 
 def test_a_changed_source_is_refused(copied, out, monkeypatch):

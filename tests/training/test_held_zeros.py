@@ -124,16 +124,29 @@ def linear(width):
     return model
 
 
-def test_a_state_of_a_wrapped_model_is_refused():
-    state = {"layers": ["layers.0"], "unheld_zeros": {}}
-    with pytest.raises(ValueError, match=r"state must be of the same model, .* has no layers\.0"):
+BITS = torch.ones(3, dtype=torch.uint8)  # too few for 32 * 8 weights
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"layers": ["0"], "unheld_zeros": {}, "shapes": {"0": [16, 8]}},
+        {"layers": ["layers.0"], "unheld_zeros": {}},  # of a wrapped model
+        {"layers": ["0"], "unheld_zeros": {"0": BITS}},
+        {"layers": ["0"], "unheld_zeros": {"0": torch.tensor([256])}},  # an index
+        {"layers": ["0"], "unheld_zeros": {"0": 3}},
+    ],
+)
+def test_a_state_of_another_model_is_refused(state):
+    with pytest.raises(
+        ValueError, match=r"state must be of the same model, .* has no .* of the same shape"
+    ):
         keep_zeros(linear(32), state=state)
     assert not _global_optimizer_post_hooks
 
 
-def test_a_state_of_an_older_version_has_shapes_too():
-    state = {"layers": ["0"], "unheld_zeros": {}, "shapes": {"0": [32, 8]}}
-    with keep_zeros(linear(32), state=state) as held:
+def test_a_state_of_an_older_version_has_no_shapes():
+    with keep_zeros(linear(32), state={"layers": ["0"], "unheld_zeros": {}}) as held:
         assert held.state_dict()["layers"] == ["0"]
 
 

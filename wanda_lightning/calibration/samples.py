@@ -226,6 +226,12 @@ def _tokenized(model: Module, batches: Iterable[Any]) -> Iterable[Any]:
     """Return calibration batches; for a list of texts, batches that the model makes of them, in their order."""
     if not isinstance(batches, Sequence) or not batches or not isinstance(batches[0], str):
         return batches
+    for index, text in enumerate(batches):
+        if not isinstance(text, str):
+            raise UserError(
+                f"batches must be texts only or batches only, but batches[0] is a text and batches[{index}] is a "
+                f"{type(text).__name__}. Give a list of strings."
+            )
     if not reads_texts(model):
         raise UserError(
             f"batches must hold tensors, but they are texts, and {type(model).__name__} has no method `tokenize`, as "

@@ -22,7 +22,7 @@ from wanda_lightning.callbacks.zeros import ZerosCallback
 from wanda_lightning.common import checks
 from wanda_lightning.common.aliases import Kwargs, StrPath
 from wanda_lightning.common.atomic_write import require_writable
-from wanda_lightning.config import PruningChoices, PruningConfig, Unpack
+from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
 from wanda_lightning.engine.prune import prune_as, prune_collected, rehearse
 from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.planning.plan import Plan, make_plan
@@ -95,6 +95,7 @@ class PruningCallback(ZerosCallback):
     ) -> None:
         super().__init__()
         choices.setdefault("method", self._default_method)
+        check_choices(choices)
         self.config = PruningConfig.from_names(sparsity, **choices)
         if calibrate_on == "validation" and self.config.sequential in ("auto", "one_pass"):
             # The statistics of a validation loop are those of the dense model.

@@ -190,6 +190,8 @@ def _ignored_by_kind(models: Model, values: Kwargs) -> Iterator[tuple[str, str]]
 
 def _refuse_missing(models: Model, values: Kwargs) -> None:
     """Refuse a wrong path of a model or of images before libraries are imported."""
+    if len({name.startswith("timm:") for name in models.all}) != 1:
+        raise UserError("--model must name language models, or image classifiers.")
     if not models.is_image:
         for name in models.all:
             models.source(name).locate()

@@ -95,6 +95,10 @@ class ImageDataModule(L.LightningDataModule):
         model: Any = self.model
         if model is None:
             model = getattr(self.trainer, "lightning_module", None)
+        if model is None:
+            raise UserError(
+                "model must be given, since it decides on the transforms and no Trainer runs a model."
+            )
         self.preprocessing = resolve_preprocessing(model, self.image_size)
         if self.data == "digits":
             self.preprocessing |= {

@@ -23,7 +23,7 @@ from wanda_lightning.calibration.observer import (
 from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.common.progress import ProgressBar
-from wanda_lightning.config import PruningChoices, PruningConfig, Unpack
+from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
 from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.core.statistics import GradientStatistics, Inputs
 from wanda_lightning.engine.batch_norm import BatchNormStatistics, batch_norm_layers
@@ -88,6 +88,7 @@ def prune(
         ValueError: If the model cannot be pruned as asked, before any weight is written; or if an activation is NaN or
             infinite.
     """
+    check_choices(choices)
     config = PruningConfig.from_names(sparsity, **choices)
     return prune_as(make_plan(config, model), batches, forward=forward, progress=progress)
 

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from wanda_lightning.common.aliases import Kwargs, StrPath
+from wanda_lightning.common.atomic_write import resolve_path
 from wanda_lightning.common.checks import shown
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
-from wanda_lightning.config import PruningChoices, PruningConfig, Unpack
+from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
 from wanda_lightning.engine.prune import prune_as
 from wanda_lightning.planning.plan import make_plan
 from wanda_lightning.report import PruningReport
@@ -73,6 +74,7 @@ def prune_from_disk(
         OSError: If the source cannot be read or the output cannot be written.
         ValueError: If a choice needs the whole model, or the output was begun with other choices.
     """
+    check_choices(choices)
     config = PruningConfig.from_names(sparsity, **choices)
     place = ModelSource(source, revision or "main", cache_dir, trust_remote_code)
     with pruned_from_disk(
@@ -98,6 +100,10 @@ def pruned_from_disk(
     If this block fails or is killed, another run with the same arguments yields the same report at once.
     """
     refuse_whole_model(config)
+    if source.path.is_dir() and resolve_path(output).is_relative_to(resolve_path(source.path)):
+        raise UserError(
+            f"output must lie outside of the source {source}, but it is {output}. Choose another folder."
+        )
     if not (tokenizer is None or hasattr(tokenizer, "save_pretrained")):
         raise UserError(f"tokenizer must be one of transformers, but it is {shown(tokenizer)}.")
     batches = list(batches)

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.core.masking import mask_, pack, unpack
+from wanda_lightning.core.masking import fits, mask_, pack, unpack
 from wanda_lightning.core.types import KeepMask
 from wanda_lightning.models import Layer, find_layers
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, local, reshard
@@ -76,7 +76,7 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
         self._keep: _Masks = {}
         self._loaded: State = {}  # the state for the next `hold`
         # The state at `release`.
-        self._released: State = {"layers": [], "unheld_zeros": {}}
+        self._released: State = {"layers": [], "unheld_zeros": {}, "shapes": {}}
 
     @property
     def is_holding(self) -> bool:
@@ -99,12 +99,23 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
                 stacklevel=3,
             )
         for name in names:
-            if name not in layers:
+            if not self._fits_loaded(name, layers.get(name)):
                 raise UserError(
-                    f"state must be of the same model, wrapped in the same way, but this model has no {name}. Pass the "
-                    "model as it was when the state was saved."
+                    f"state must be of the same model, wrapped in the same way, but this model has no {name} of the "
+                    "same shape. Pass the model as it was when the state was saved."
                 )
         self.hold([layers[name] for name in names])
+
+    def _fits_loaded(self, name: str, layer: Layer | None) -> bool:
+        """Return whether a layer is the one of this name in the loaded state."""
+        if layer is None:
+            return False
+        shape = [*layer.shape]
+        shapes = self._loaded.get("shapes", {})  # older versions saved none
+        unheld = self._loaded.get("unheld_zeros", {})
+        if shapes.get(name, shape) != shape:
+            return False
+        return name not in unheld or fits(unheld[name], shape)
 
     def hold(self, layers: Sequence[Layer]) -> None:
         """Hold the weights of these layers that are zero now; release all others."""
@@ -175,22 +186,23 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
         return weights
 
     def state_dict(self) -> State:
-        """Return what a resumed run must load, also after `release`: the layers, and zeros that train on.
+        """Return what a resumed run must load, also after `release`: the layers, their shapes, and zeros that train on.
 
         These are weights that are zero by chance, as a packed mask (`core.masking.pack`) for each layer; sharded layers
         are left out. The held zeros are in the weights.
         """
         if not self.is_holding:
             return self._loaded or self._released
-        layers = [layer.name for layer, _ in self._held_layers]
         unheld = {}
+        shapes = {}
         for layer, weight in self._held_layers:
+            shapes[layer.name] = [*layer.shape]
             if isinstance(weight, DTensor):
                 continue
             zero = (layer.own(weight.detach()) == 0) & layer.own(self._keep_of(weight))
             if zero.any():
                 unheld[layer.name] = pack(zero)
-        return {"layers": layers, "unheld_zeros": unheld}
+        return {"layers": [*shapes], "unheld_zeros": unheld, "shapes": shapes}
 
     def load_state_dict(self, state: State) -> None:
         """Hold the same zeros as an interrupted run at the next `hold_all`; only `unheld_zeros` matter to `hold`."""
