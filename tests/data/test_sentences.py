@@ -38,6 +38,24 @@ def test_of_a_short_text_all_sentences_are_drawn():
     assert sorted(drawn) == ["And these, too, are five!", "These are five short words."]
 
 
+def test_pieces_are_words_that_follow_each_other_equally_many_in_a_batch():
+    words = [str(number) for number in range(100)]
+    data = SentenceDataModule(Letters(), [" ".join(words)], batch_size=8, train_samples=100, seed=1)
+    pieces = [piece.split() for piece in data.train_pieces]
+    for piece in pieces:
+        start = int(piece[0])
+        assert piece == words[start : start + len(piece)]
+    lengths = [{len(piece) for piece in pieces[start : start + 8]} for start in range(0, 100, 8)]
+    assert all(len(lengths_of_batch) == 1 for lengths_of_batch in lengths)
+    assert {4, 14} >= {min(map(min, lengths)), max(map(max, lengths))}
+    assert [len(batch["input_ids"]) for batch in data.train_dataloader()] == [8] * 12 + [4]
+    again = SentenceDataModule(Letters(), [" ".join(words)], batch_size=8, train_samples=100)
+    assert again.train_pieces != data.train_pieces
+    again.seed = 1
+    del again.train_pieces
+    assert again.train_pieces == data.train_pieces
+
+
 def test_calibration_batches_hold_the_drawn_sentences_in_order():
     data = SentenceDataModule(Letters(), [" ".join(SENTENCES)], batch_size=8, num_samples=20)
     batches = list(data.calibration_dataloader())
@@ -105,6 +123,8 @@ def test_stsb_comes_from_the_hub(monkeypatch):
         ({"evaluation": "pairs.csv"}, "evaluation must be stsb or an existing .csv file"),
         ({"train": "wikitext2"}, "train must be stsb"),
         ({"num_samples": 0}, "num_samples must be"),
+        ({"train_samples": 0}, "train_samples must be"),
+        ({"train": "stsb", "train_samples": 8}, "train_samples must not be given beside train"),
     ],
 )
 def test_wrong_options_are_refused(options, message):

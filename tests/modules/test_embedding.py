@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.callbacks import trainer
-from support.embedding import PAIRS, SENTENCES, save_pairs, spearman_by_hand
+from support.embedding import PAIRS, SENTENCES, save_pairs, save_tiny, spearman_by_hand
 from support.quiet import prune
 
 from wanda_lightning import (
@@ -195,6 +195,33 @@ def test_distillation_adds_the_mean_squared_error_of_the_embeddings(tiny, tiny_f
     metrics = fit(module, tmp_path, DistillFromDense(str(tiny_folder), weight=1, temperature=3.0))
     assert error() < before / 2
     assert metrics["distillation_loss"] < before
+
+
+def fit_on_pieces(module, folder, *callbacks):
+    data = SentenceDataModule(
+        calibration=[" ".join(SENTENCES)],
+        evaluation=save_pairs(folder / "pairs.csv"),
+        train_samples=320,
+    )
+    trainer(*callbacks, max_epochs=1).fit(module, data)
+
+
+def test_without_scores_a_pruned_model_learns_the_embeddings_of_the_dense_one(tiny, tmp_path):
+    expected = torch.tensor(tiny.encode(SENTENCES))
+    prune(tiny, SENTENCES, 0.7)
+    before = (torch.tensor(tiny.encode(SENTENCES)) - expected).square().mean()
+    module = EmbeddingModule(tiny, lr=0.01, lr_decay=True)
+    dense = EmbeddingModule(save_tiny(tmp_path / "dense"))
+    fit_on_pieces(module, tmp_path, DistillFromDense(dense, weight=1))
+
+    found = torch.tensor(tiny.eval().encode(SENTENCES))
+    assert (found - expected).square().mean() < before / 2
+    assert module.optimizers().param_groups[0]["lr"] == 0
+
+
+def test_without_scores_or_a_dense_model_nothing_is_trained(tiny, tmp_path):
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        fit_on_pieces(EmbeddingModule(tiny), tmp_path)
 
 
 def test_a_model_that_reads_no_texts_is_refused():

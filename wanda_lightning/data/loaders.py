@@ -44,10 +44,10 @@ class ResumableLoader(DataLoader[Any]):
 
 def training_loader(data: Any, dataset: Any, **options: Any) -> ResumableLoader:
     """Return the loader of a data module for training: shuffled anew in each epoch, by the seed of the module."""
+    options = {"shuffle": True, **options}
     return ResumableLoader(
         dataset,
         data.batch_size,
-        shuffle=True,
         generator=torch.Generator().manual_seed(data.seed),
         trainer=data.trainer,
         seed=data.seed,

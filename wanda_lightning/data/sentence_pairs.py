@@ -4,6 +4,7 @@ import csv
 import random
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import chain
 from math import isfinite
 from pathlib import Path
@@ -20,6 +21,7 @@ _ON_HUB = "sentence-transformers/stsb"
 _COLUMNS = ("sentence1", "sentence2", "score")
 _FEWEST_WORDS = 5  # shorter ones are mostly headings
 _DRAWN_FROM = 8  # times as many sentences
+_WORDS_OF_PIECES = range(4, 15)
 
 
 def check_pairs(source: str, option: str) -> None:
@@ -87,6 +89,25 @@ def draw_sentences(texts: Texts, count: int, seed: int) -> list[str]:
         if len(sentences) >= _DRAWN_FROM * count:
             break
     return generator.sample(list(sentences), min(count, len(sentences)))
+
+
+def draw_pieces(texts: Texts, count: int, seed: int, together: int) -> list[str]:
+    """Draw pieces of 4 to 14 words from anywhere in one text or in documents; a seed gives the same ones.
+
+    There are far more of them than sentences in a text. The pieces of each `together` have equally many words, so that
+    a batch of them has little padding.
+    """
+    documents = [texts] if isinstance(texts, str) else texts
+    generator = random.Random(seed)
+    words_of = cache(lambda index: documents[index].split())
+    pieces: list[str] = []
+    while len(pieces) < count:
+        length = generator.choice(_WORDS_OF_PIECES)
+        for _ in range(min(together, count - len(pieces))):
+            words = words_of(generator.randrange(len(documents)))
+            start = generator.randrange(max(1, len(words) - length))
+            pieces.append(" ".join(words[start : start + length]))
+    return pieces
 
 
 def split_sentences(text: str) -> list[str]:

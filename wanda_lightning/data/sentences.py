@@ -20,6 +20,7 @@ from wanda_lightning.data.sentence_pairs import (
     STSB,
     Pair,
     check_pairs,
+    draw_pieces,
     draw_sentences,
     read_pairs,
 )
@@ -40,6 +41,8 @@ class SentenceDataModule(L.LightningDataModule):
         evaluation: stsb (the test split of STS-B, from the hub), or a .csv file with the columns sentence1, sentence2
             and score, or with three columns in this order.
         train: Pairs to train on: stsb (its training split), or such a file.
+        train_samples: Without `train`, the number of pieces of the calibration text to train on, each of 4 to 14 words
+            from anywhere in it; with `DistillFromDense`, since they have no scores.
         batch_size: Number of sentences or pairs in a batch.
         num_samples: Number of calibration sentences; all if the text has fewer.
         limit: Number of evaluation pairs, from the start; by default all.
@@ -60,11 +63,14 @@ class SentenceDataModule(L.LightningDataModule):
         batch_size: int = SENTENCES,
         num_samples: int = 1024,
         limit: int | None = None,
+        train_samples: int | None = None,
         seed: int = 0,
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        check_at_least(1, batch_size=batch_size, num_samples=num_samples, limit=limit or 1)
+        optional = {"limit": limit, "train_samples": train_samples}
+        given = {name: count for name, count in optional.items() if count is not None}
+        check_at_least(1, batch_size=batch_size, num_samples=num_samples, **given)
         check_values(SEED, seed=seed)
         self.calibration, self._text = named(calibration, "calibration")
         if self.calibration == SELF:  # an embedding model writes no text
@@ -74,10 +80,16 @@ class SentenceDataModule(L.LightningDataModule):
         self.train = train if train is None else os.fspath(train)
         if self.train is not None:
             check_pairs(self.train, "train")
+            if train_samples is not None:
+                raise UserError(
+                    f"train_samples must not be given beside train, whose pairs are all trained on, but train is "
+                    f"{self.train} and train_samples is {train_samples}."
+                )
         self.model = model
         self.batch_size = batch_size
         self.num_samples = num_samples
         self.limit = limit
+        self.train_samples = train_samples
         self.seed = seed
         self.cache_dir = cache_dir
 
@@ -93,6 +105,13 @@ class SentenceDataModule(L.LightningDataModule):
         return sentences
 
     @cached_property
+    def train_pieces(self) -> list[str]:
+        """The pieces of the calibration text to train on; those of one batch have equally many words."""
+        assert self.train_samples is not None
+        text = calibration_source(self._text, self.cache_dir)
+        return draw_pieces(text, self.train_samples, self.seed, self.batch_size)
+
+    @cached_property
     def evaluation_pairs(self) -> list[Pair]:
         """The pairs to measure on, in their order."""
         return read_pairs(self.evaluation, "test", self.cache_dir)[: self.limit]
@@ -101,14 +120,17 @@ class SentenceDataModule(L.LightningDataModule):
     def train_pairs(self) -> list[Pair]:
         """The pairs to train on, in their order."""
         if self.train is None:
-            raise UserError("train must name pairs of sentences to train on. Give stsb or a file.")
+            raise UserError(
+                "train must name pairs of sentences to train on. Give stsb or a file, or train_samples with "
+                "DistillFromDense."
+            )
         return read_pairs(self.train, "train", self.cache_dir)
 
     def setup(self, stage: str | None = None) -> None:
         """Read the pairs of the stage."""
         _ = self.evaluation_pairs
         if stage == "fit":
-            _ = self.train_pairs
+            _ = self.train_pieces if self.train_samples else self.train_pairs
 
     def describe_calibration(self, num_samples: int) -> str:
         """Return the source, the number of sentences, and the seed that drew them."""
@@ -124,7 +146,11 @@ class SentenceDataModule(L.LightningDataModule):
         return self._loader(self.calibration_sentences, collate_fn=self._features)
 
     def train_dataloader(self) -> Batches:
-        """Return the training pairs, shuffled anew in each epoch."""
+        """Return the training pairs, shuffled anew in each epoch, or the pieces, in the order of their batches."""
+        if self.train_samples:
+            return training_loader(
+                self, self.train_pieces, shuffle=False, collate_fn=self._features
+            )
         return training_loader(self, self.train_pairs, collate_fn=self._paired_features)
 
     def val_dataloader(self) -> Batches:

@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,6 +25,7 @@ from wanda_lightning.modules.model_loading import (
     check_source,
     load_causal_lm,
 )
+from wanda_lightning.modules.optimizers import adamw
 from wanda_lightning.modules.perplexity import WindowPerplexity, predicted_tokens, window_losses
 from wanda_lightning.parallel import (
     SINGLE_PROCESS,
@@ -217,14 +217,7 @@ class CausalLMModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return AdamW over the parameters that require a gradient."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
-        if not self.lr_decay:
-            return optimizer
-
-        steps = int(self.trainer.estimated_stepping_batches)
-        decay = transformers.get_linear_schedule_with_warmup(optimizer, 0, steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+        return adamw(self, self.lr, self.weight_decay, self.lr_decay)
 
     def load_dense_model(self, name: StrPath) -> nn.Module:
         """Load another model (hub id, folder or `.gguf` file) in the dtype of this one and from the same cache."""

@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import SpearmanCorrCoef
@@ -16,9 +15,11 @@ from wanda_lightning.common.aliases import Kwargs, StrPath
 from wanda_lightning.common.atomic_write import atomic_folder
 from wanda_lightning.common.checks import check_flags
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.evaluation_mode import evaluating
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.common.text_features import reads_texts
 from wanda_lightning.modules.model_loading import load_embedding_model
+from wanda_lightning.modules.optimizers import adamw
 from wanda_lightning.units.fit_configuration import refuse_unloadable
 from wanda_lightning.units.shrink import Shrunk, shrunk
 
@@ -31,14 +32,16 @@ class EmbeddingModule(L.LightningModule):
     A batch is a mapping with the features of sentences, as the model's `preprocess` or `tokenize` returns them, such as
     `input_ids` and `attention_mask`. For pairs, the first half of its rows are the first sentences, the second half the
     second ones, and `score` has the shape (pairs,); `SentenceDataModule` makes such batches. The loss is the squared
-    difference between the cosine similarity and the score, from 0 to 1. The module logs `train_loss`, `val_spearman`
-    and `test_spearman`, the Spearman correlation of the similarities with the scores, times 100; `predict` returns the
-    embeddings.
+    difference between the cosine similarity and the score, from 0 to 1. Sentences without scores have a loss of 0, to
+    which `DistillFromDense` adds the distance to the embeddings of the dense model. The module logs `train_loss`,
+    `val_spearman` and `test_spearman`, the Spearman correlation of the similarities with the scores, times 100;
+    `predict` returns the embeddings.
 
     Args:
         model: Hub id or folder of a model of sentence-transformers, or a loaded model.
         lr: Learning rate of AdamW.
         weight_decay: Weight decay of AdamW.
+        lr_decay: Decay the learning rate linearly to 0 during training.
         revision: Branch, tag or commit on the hub.
         cache_dir: Folder for downloads.
         trust_remote_code: Run the model code that comes with the checkpoint.
@@ -54,11 +57,13 @@ class EmbeddingModule(L.LightningModule):
         model: StrPath | nn.Module,
         lr: float = 2e-5,
         weight_decay: float = 0.0,
+        lr_decay: bool = False,
         revision: str = "main",
         cache_dir: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        check_flags(lr_decay=lr_decay)
         self._hub: Kwargs = {"cache_dir": cache_dir, "trust_remote_code": trust_remote_code}
         if isinstance(model, (str, os.PathLike)):
             model = os.fspath(model)
@@ -75,6 +80,7 @@ class EmbeddingModule(L.LightningModule):
         self.model.train()
         self.lr = lr
         self.weight_decay = weight_decay
+        self.lr_decay = lr_decay
         with warnings.catch_warnings():
             # It keeps all similarities, which are one number for each pair.
             warnings.filterwarnings("ignore", "Metric .* will save all targets")
@@ -101,8 +107,12 @@ class EmbeddingModule(L.LightningModule):
         return F.cosine_similarity(first, second)
 
     def training_step(self, batch: Features, batch_idx: int) -> Tensor:
-        """Return the mean squared difference between the similarities and the scores."""
-        scores = batch["score"]
+        """Return the mean squared difference between the similarities and the scores; 0 without scores."""
+        scores = batch.get("score")
+        if scores is None:
+            # For `DistillFromDense`, which compares what this call embeds. Dropout would only blur it.
+            with evaluating(self.model):
+                return self(batch).new_zeros(())
         loss = F.mse_loss(self._similarities(batch), scores)
         self.log("train_loss", loss, prog_bar=True, batch_size=len(scores))
         return loss
@@ -123,10 +133,9 @@ class EmbeddingModule(L.LightningModule):
         """Log `test_spearman`."""
         self.log("test_spearman", 100 * self._spearman.compute())
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizers(self) -> Any:
         """Return AdamW over the parameters that require a gradient."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
+        return adamw(self, self.lr, self.weight_decay, self.lr_decay)
 
     def load_dense_model(self, name: StrPath) -> nn.Module:
         """Load another model of sentence-transformers by its hub id or folder, from the same cache."""
