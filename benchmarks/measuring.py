@@ -5,13 +5,13 @@ import gc
 import hashlib
 import multiprocessing
 import re
-import statistics
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import psutil
 import torch
 from cyclopts import App, Parameter
@@ -156,9 +156,18 @@ def seconds(step):
 
 
 def medians(*clocks, runs):
-    """Return the median of each clock. The clocks run alternately, after a warm-up of one run each."""
+    """Return the median of each clock, or of each of its numbers. They take turns, after a warm-up of one run each.
+
+    Another program on the machine thus slows all of them.
+    """
     _, *rounds = [[clock() for clock in clocks] for _ in range(1 + runs)]
-    return [statistics.median(times) for times in zip(*rounds, strict=True)]
+    return np.median(rounds, axis=0)
+
+
+def speeds(*clocks, runs):
+    """Return how many times as fast as the first clock each of them is."""
+    first, *others = medians(*clocks, runs=runs)
+    return [first / each for each in (first, *others)]
 
 
 def in_new_process(function, *arguments):

@@ -107,6 +107,7 @@ PHOTOS["best-permutation"] = TEXT["best-permutation"]
 PHOTOS["best-permutation at layer"] = {**TEXT["best-permutation"], "sequential": "layer"}
 WINDOWS = 16  # for calibration, in the table of all methods
 CALIBRATION_PHOTOS = 512  # likewise
+EPOCHS = 30  # of training on digits
 
 
 @Parameter(name="*")
@@ -116,7 +117,7 @@ class CellOptions(Text):
 
     methods: Sequence[str] = ()
     goals: Sequence[str] = ()
-    save: str | None = None
+    save: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +132,6 @@ class Options(CellOptions):
     images: bool = False
     photos: str | None = None
     data: str = ""
-    epochs: int = 30
-    """Epochs of training with --images."""
 
 
 def prune_cells(
@@ -218,7 +217,7 @@ def measure_images(options):
     cells = cells_of(options, IMAGES, GOALS["digits"])
     runs = Runs(options.save, "images")
     for name in demo.MODELS:
-        module, data, accuracy = demo.train(name, options.epochs)
+        module, data, accuracy = demo.train(name, EPOCHS)
         case = {"weights": fingerprint(module)}
         trained = Result(model=name, method="dense", case=case, evaluation=Samples("digits", 360))
         runs(trained, lambda top1=accuracy: {"top1": top1})
@@ -267,7 +266,7 @@ def measure_photos(options):
     prune_cells(model, cells, planned, runs, measure)
 
 
-def main(options: Options = Options()) -> None:
+def main(options: Options = Options()):
     """Measure the missing cells."""
     if options.images:
         measure_images(options)

@@ -22,8 +22,6 @@ from torch import nn
 from wanda_lightning import prune
 from wanda_lightning.models import find_layers
 
-"""Quantizes and dequantizes a matrix (d_out, d_in)."""
-
 GROUP = 32
 
 
@@ -134,10 +132,10 @@ class Options(Text):
     nsamples: int = 8
     seqlen: int = 256
     limit: int = 32
-    save: str | None = None
+    save: str = ""
 
 
-def main(options: Options) -> None:
+def main(options: Options):
     """Prune once, then quantize copies."""
     language = LanguageModel(options)
     runs = Runs(options.save, "quantization")

@@ -100,19 +100,13 @@ def markdown(headings, rows, align="---:"):
 
 
 def grid(heading, cells, columns=None):
-    """Return a table of cells, each with its row and column, in the order of their first appearance.
-
-    Raises:
-        ValueError: Two different cells have the same place.
-    """
+    """Return a table of cells, each with its row and column, in the order of their first appearance."""
     table = {}
     seen = {}
     for row, column, cell in cells:
         seen[column] = None
-        if table.setdefault(row, {}).setdefault(column, cell) != cell:
-            raise ValueError(
-                f"{row}, {column}: a table cannot show both {table[row][column]} and {cell}."
-            )
+        shown = table.setdefault(row, {}).setdefault(column, cell)
+        assert shown == cell, f"{row}, {column}: a table cannot show both {shown} and {cell}."
 
     headings = list(columns or seen)
     rows = [[row, *(own.get(column, "") for column in headings)] for row, own in table.items()]
@@ -132,17 +126,10 @@ def by_goals(heading, results, cell, row=label):
 
 
 def lookup(results):
-    """Return results by method and goal.
-
-    Raises:
-        ValueError: Two of them have the same method and goal.
-    """
-    table = {}
-    for result in results:
-        key = (result.method, result.goal)
-        if key in table:
-            raise ValueError(f"A table must have one run in each cell, but has two of {key}.")
-        table[key] = result
+    """Return results by method and goal, of which no two have the same."""
+    listed = list(results)
+    table = {(result.method, result.goal): result for result in listed}
+    assert len(table) == len(listed), listed
     return table
 
 
@@ -183,14 +170,14 @@ def percent(result, quantity, digits=2):
 
 def seconds(result):
     """Return measured seconds, with one decimal below ten."""
-    is_long = result is not None and result.measured.get("seconds", 0) >= 10
-    return number(result, "seconds", ".0f" if is_long else ".1f")
+    whole = number(result, "seconds", ".0f")
+    return whole if len(whole) > 1 else number(result, "seconds", ".1f")
 
 
 def perplexity(result):
     """Return perplexity with four digits."""
-    is_large = result is not None and _perplexity(result) >= 1000
-    return number(result, "perplexity", ".0f" if is_large else "#.4g")
+    whole = number(result, "perplexity", ".0f")
+    return whole if len(whole) > 3 else number(result, "perplexity", "#.4g")
 
 
 def _perplexity(result):
@@ -234,9 +221,9 @@ def source_of_data(results):
     sentences = []
     for name, usual in USUAL.items():
         used = [getattr(result, name) for result in results]
-        described = _distinct(samples(data) for data in used if data)
-        if described not in ([], [usual]):
-            sentences.append(f"{name.capitalize()}: {'; '.join(described)}.")
+        described = "; ".join(_distinct(samples(data) for data in used if data))
+        if described not in ("", usual):
+            sentences.append(f"{name.capitalize()}: {described}.")
     return f"\n\n{' '.join(sentences)}" if sentences else ""
 
 
@@ -398,16 +385,18 @@ def scaling():
     for size in ("windows", "blocks", "width"):
         runs = [run for run in results if run.case["by"] == size]
         sizes = sorted({run.case["value"] for run in runs})
+        headings = [*map(str, sizes), "exponent"]
         for quantity, name, form in (
             ("processor_seconds", "seconds", ".2f"),
             ("peak_mib", "MiB", ".0f"),
         ):
             rows = []
             for method in SCALED:
-                costs = [run.measured[quantity] for run in runs if run.method == method]
-                cells = [f"{cost:{form}}" for cost in costs]
-                rows.append([LABELS.get(method, method), *cells, exponent(sizes, costs)])
-            parts.append(markdown((f"{name} by {size}", *map(str, sizes), "exponent"), rows))
+                measured = [run for run in runs if run.method == method]
+                cells = [number(run, quantity, form) for run in measured]
+                growth = exponent(sizes, [run.measured[quantity] for run in measured])
+                rows.append([label(measured[0]), *cells, growth])
+            parts.append(markdown([f"{name} by {size}", *headings], rows))
     return "\n\n".join(parts) + source_of_notes(results)
 
 

@@ -11,7 +11,7 @@ batches of 1 and 32.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -24,13 +24,13 @@ from measuring import (
     Text,
     cost_of,
     in_batches,
-    medians,
     outputs,
     perplexity,
     run_from_shell,
     seconds,
+    speeds,
 )
-from result import Result, Runs, sparsity_of
+from result import Runs, sparsity_of
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -39,10 +39,6 @@ from wanda_lightning import Distill, Fisher, prune, shrink
 BATCHES = (1, 32)
 PROMPT = 128
 NEW = 4  # tokens
-Measured = dict[str, float]
-# Returns the changed model, given a copy of the dense one.
-Change = Callable[[nn.Module], nn.Module]
-Rows = list[tuple[Result, Change]]
 SCATTERED = (("best", "50"), ("thorough", "50"), ("best", "2:4"))
 BY_LOSS = Fisher(num_samples=8, num_predictions=4096)  # as in the presets
 WIDTHS = ("12.5", "25", "50")
@@ -62,7 +58,7 @@ class Options(Text):
     """Only these methods."""
     runs: int = 2
     """Rounds of each clock; 0 measures no speeds and no memory."""
-    save: str | None = None
+    save: str = ""
 
 
 def quantized(model, bits):
@@ -124,16 +120,12 @@ def size_of(model):
             names, _ = tensor.__tensor_flatten__()
             inner = [getattr(tensor, name) for name in names]
         for part in inner:
-            if part is not None:
-                parts[part.untyped_storage().data_ptr()] = part.detach()
+            if part is not None and part.numel():
+                data = part.detach().contiguous().flatten().view(torch.uint8).numpy()
+                parts[part.untyped_storage().data_ptr()] = data.tobytes()
 
-    size = 0
-    left = 0
-    for part in parts.values():
-        if part.numel():
-            data = part.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-            size += len(data)
-            left += len(ZstdCompressor(level=3).compress(data))
+    size = sum(map(len, parts.values()))
+    left = sum(len(ZstdCompressor(level=3).compress(data)) for data in parts.values())
     return {"weights_mib": size / MIB, "zstd_mib": left / MIB}
 
 
@@ -141,12 +133,13 @@ def size_of(model):
 class Comparison:
     """Measures what each change does to one model, beside the dense one in float32.
 
-    `clocks` run something on a model, and return how many seconds it took; memory is that of the last one.
+    `clocks` run something on a model, and return how many seconds it took; memory is that of the last one. `quality`
+    returns numbers by their names.
     """
 
     dense: nn.Module
-    clocks: Mapping[str, Callable[[nn.Module], float]]
-    quality: Callable[[nn.Module], Measured]
+    clocks: dict
+    quality: Callable
     rounds: int
 
     def __call__(self, change):
@@ -159,8 +152,7 @@ class Comparison:
                 return measured
             for name, clock in self.clocks.items():
                 step = partial(clock, model)
-                dense, changed = medians(partial(clock, self.dense), step, runs=self.rounds)
-                measured[name] = dense / changed
+                _, measured[name] = speeds(partial(clock, self.dense), step, runs=self.rounds)
                 measured["peak_mib"] = cost_of(step).peak_mib
         return measured
 
@@ -215,7 +207,7 @@ def narrower(batches, goal, model, bits=0, **choices):
 
 
 def rows_of_units(base, method, change, widths):
-    """Return a row for each percentage of hidden units that are taken out."""
+    """Return a row for each percentage of hidden units that are taken out: the run, and the change of a dense copy."""
     rows = []
     for goal in widths:
         row = replace(base, method=method, sparsity=float(goal) / 100, pattern="structured")
@@ -298,7 +290,7 @@ def photos(options):
     return Comparison(images.model, clocks, quality, options.runs), rows
 
 
-def main(options: Options = Options()) -> None:
+def main(options: Options = Options()):
     """Measure the rows."""
     comparison, rows = photos(options) if options.images else text(options)
     runs = Runs(options.save, "worth")
