@@ -10,7 +10,7 @@ first as its description, so that a test compares it with the runs without drawi
 import json
 
 from result import OURS, read_table
-from tables import LABELS, ROOT, lookup
+from tables import LABELS, ROOT, in_order, lookup
 
 from wanda_lightning.common.atomic_write import atomic_write
 from wanda_lightning.common.checks import require_extra
@@ -210,9 +210,9 @@ def _name_points(panel, points):
     def in_pixels(points):
         return panel.transData.transform([point[:2] for point in points])
 
-    line = Path(in_pixels(_best(points))).interpolated(50)
+    line = Path(in_pixels(_best(points))).interpolated(50).vertices
     taken = []
-    for places, size in ((in_pixels(points), 5), (line.vertices, 1)):
+    for places, size in ((in_pixels(points), 5), (line, 1)):
         taken += [Bbox([place, place]).padded(size) for place in places]
 
     for x, y, name in points:
@@ -228,9 +228,40 @@ def _name_points(panel, points):
         taken.append(box)
 
 
+def embedding():
+    """Speed and score of a sentence encoder in ONNX Runtime, by its numbers and by what was taken out."""
+    points = {}
+    for run in in_order(read_table("embedding")):
+        numbers = run.case["numbers"]
+        if run.case["program"] == "onnxruntime":
+            place = [round(run.measured[name], 2) for name in ("sentences_32", "spearman")]
+            name = numbers if run.method == "dense" else run.goal.removesuffix(" of units")
+            by_method = points.setdefault(numbers, {})
+            by_method.setdefault(run.method, []).append([*place, name])
+    return points
+
+
+def draw_embedding(data):
+    """Draw lines from the dense model to fewer units, in float32 and in int8."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 4.3), layout="constrained")
+    for by_method in data.values():
+        dense, *others = by_method.values()
+        for color, points in zip((FAINT, BLUE), others, strict=False):
+            speeds, scores, names = zip(*dense, *points, strict=True)
+            axes.plot(speeds, scores, "o-", color=color)
+            for place in zip(names, zip(speeds, scores, strict=True), strict=True):
+                axes.annotate(*place, (6, 5), textcoords="offset points", fontsize=9)
+    axes.set(xlabel="times as fast as dense float32, 32 sentences", ylabel="score on STS-B")
+    axes.grid(color=GRID, linewidth=0.6)
+    return figure
+
+
 FIGURES = {
     "methods": (methods, draw_methods),
     "frontier": (frontier, draw_frontier),
+    "embedding": (embedding, draw_embedding),
 }
 
 

@@ -59,6 +59,9 @@ QUANTITIES = {
     "same_continuations": "number of them that transformers continues with the same tokens",
     "requests_1": "new tokens per second of 1 request with 128 tokens and 128 new ones / those of the dense model",
     "requests_16": "the same for 16 requests at a time",
+    "spearman": "correlation of the cosine similarities with the scores of the evaluation pairs, times 100",
+    "sentences_1": "sentences of 32 tokens per second, one at a time / those of the dense float32 model",
+    "sentences_32": "sentences of 64 tokens per second in batches of 32 / those of the dense float32 model",
     "images_1": "images per second with a batch of 1 / those of the dense float32 model",
     "images_32": "images per second with a batch of 32 / those of the dense float32 model",
 }

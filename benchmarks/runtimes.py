@@ -20,11 +20,11 @@ from typing import NamedTuple
 import numpy as np
 import worth
 from exporting import write
-from measuring import MIB, LanguageModel, Photos, run_from_shell, seconds, speeds
+from measuring import MIB, LanguageModel, Photos, run_from_shell, speeds
 from programs import THREADS, open_gguf, open_onnx, open_openvino
 from result import Result, Runs
 from torch import from_numpy, nn
-from worth import NEW, PROMPT, narrower, rows_of_units
+from worth import narrower, rows_of_units
 
 from wanda_lightning import Fisher
 from wanda_lightning.modules import WindowPerplexity
@@ -45,7 +45,12 @@ def convert_gguf(numbers, dense, file, _):
 def convert_onnx(numbers, dense, file, samples):
     """Write an .onnx file in int8."""
     import onnx
-    from onnxruntime import quantization
+    from onnxruntime.quantization import (
+        QuantType,
+        matmul_nbits_quantizer,
+        quantize_dynamic,
+        quantize_static,
+    )
 
     model = onnx.load(dense)
     graph = model.graph
@@ -58,7 +63,7 @@ def convert_onnx(numbers, dense, file, samples):
             graph.node.remove(node)
 
     if numbers == "int8, weights only":
-        writer = quantization.matmul_nbits_quantizer.MatMulNBitsQuantizer(
+        writer = matmul_nbits_quantizer.MatMulNBitsQuantizer(
             model, 8, 32, is_symmetric=True, accuracy_level=4
         )
         writer.process()
@@ -68,14 +73,11 @@ def convert_onnx(numbers, dense, file, samples):
         names = [entry.name for entry in graph.input]
         data = (dict(zip(names, sample, strict=True)) for sample in samples)
         reader = SimpleNamespace(get_next=partial(next, data, None))
-        quantization.quantize_static(model, file, reader, per_channel=True, reduce_range=True)
+        quantize_static(model, file, reader, per_channel=True, reduce_range=True)
     else:
-        quantization.quantize_dynamic(
-            model,
-            file,
-            per_channel=True,
-            weight_type=quantization.QuantType.QUInt8,
-            use_external_data_format=True,
+        kind = QuantType.QUInt8 if numbers == "int8, dynamic" else QuantType.QInt8
+        quantize_dynamic(
+            model, file, per_channel=True, weight_type=kind, use_external_data_format=True
         )
 
 
@@ -85,10 +87,11 @@ def convert_openvino(numbers, dense, file, samples):
     import openvino
 
     model = openvino.Core().read_model(dense)
-    if numbers == "int8, static":
-        model = nncf.quantize(model, nncf.Dataset(samples))
-    elif numbers == "int8, weights only":
+    if numbers == "int8, weights only":
         model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
+    elif numbers != "float32":
+        kind = nncf.ModelType.TRANSFORMER if numbers == "int8" else None
+        model = nncf.quantize(model, nncf.Dataset(samples), model_type=kind)
     openvino.save_model(model, file, compress_to_fp16=False)
 
 
@@ -100,7 +103,7 @@ PROGRAMS = {
 
 
 class Kind(NamedTuple):
-    """What differs between language models and classifiers.
+    """What differs between language models, classifiers and sentence encoders.
 
     Attributes:
         dense: The model.
@@ -110,7 +113,7 @@ class Kind(NamedTuple):
         quality: Measures an open file: returns numbers by their names.
         timed: What `clock` times.
         clock: Returns the seconds of each, for a batch size and an open file.
-        samples: Lists of inputs for static quantization, each of one sample.
+        samples: Lists of inputs for static quantization.
     """
 
     dense: nn.Module
@@ -139,18 +142,7 @@ def text(options):
             metric.update(from_numpy(logits), window)
         return {"perplexity": float(metric.compute())}
 
-    def clock(size, run):
-        vocabulary = language.model.config.vocab_size
-        ids = np.random.default_rng(0).integers(vocabulary, size=(size, PROMPT))
-        cache = None
-
-        def add(ids):
-            nonlocal cache
-            _, cache = run(ids, cache, np.array([ids.shape[1] - 1]))
-
-        prefill = seconds(lambda: add(ids))
-        return prefill, sum(seconds(lambda: add(ids[:, :1])) for _ in range(NEW))
-
+    clock = partial(worth.time_text, language.model.config.vocab_size)
     numbers = {
         "onnxruntime": ("float32", "int8, dynamic", "int8, weights only"),
         "openvino": ("float32", "int8, weights only"),
@@ -171,11 +163,7 @@ def photos(options):
         correct = np.concatenate(predicted) == images.labels.numpy()
         return {"top1": float(correct.mean())}
 
-    def clock(size, run):
-        shape = (size, *samples[0][0].shape[1:])
-        pixels = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-        return [seconds(lambda: run(pixels))]
-
+    clock = partial(worth.time_images, images.calibration[0].shape[1:])
     numbers = {
         "onnxruntime": ("float32", "int8, dynamic", "int8, static"),
         "openvino": ("float32", "int8, static"),
@@ -214,18 +202,12 @@ def measure(program, kind, options, table="runtimes", threads=THREADS):
     _, _, load = PROGRAMS[program]
     loaded = [load(file, threads) for file in files]
 
-    measured = []
-    for file, run in zip(files, loaded, strict=True):
-        size = sum(part.stat().st_size for part in FILES.glob(f"{file.stem}.*")) / MIB
-        measured.append({**kind.quality(run), "weights_mib": size})
-    for size, rounds in ((1, 5 * options.runs), (32, options.runs)):
-        clocks = [partial(kind.clock, size, run) for run in loaded]
-        for own, ratios in zip(measured, speeds(*clocks, runs=rounds), strict=True):
-            own |= {f"{name}_{size}": ratio for name, ratio in zip(kind.timed, ratios, strict=True)}
-
+    rounds = {1: 5 * options.runs, 32: options.runs}
+    ratios = speeds(kind.clock, kind.timed, loaded, rounds)
     runs = Runs(options.save, table)
-    for row, numbers in zip(rows, measured, strict=True):
-        runs.save(row, numbers)
+    for row, file, run, speed in zip(rows, files, loaded, ratios, strict=True):
+        size = sum(part.stat().st_size for part in FILES.glob(f"{file.stem}.*")) / MIB
+        runs.save(row, {**kind.quality(run), "weights_mib": size, **speed})
 
 
 def main(options: worth.Options = worth.Options()):

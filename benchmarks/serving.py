@@ -18,7 +18,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from itertools import zip_longest
 from multiprocessing import Pipe
 from pathlib import Path
@@ -197,29 +196,19 @@ def measure(name, models, expected, prompts, options):
             if planned.calibration:
                 timed.append(process)
 
-        speeds = []
+        ratios = []
         if options.runs and server.is_timed:
-            speeds = relative_speeds(timed, options.runs)
-        for result, speed in zip_longest(results, speeds, fillvalue={}):  # mixtures come last
+            rounds = dict.fromkeys(REQUESTS, options.runs)
+            ratios = speeds(time_requests, ["requests"], timed, rounds)
+        for result, speed in zip_longest(results, ratios, fillvalue={}):  # mixtures come last
             runs.save(result, result.measured | speed)
 
 
-def relative_speeds(processes, runs):
-    """Return the speeds of each model, divided by those of the first one; the models take turns."""
-    measured = [{} for _ in processes]
-    for size in REQUESTS:
-        (batch,) = random_windows(10000, size, LENGTH, size)
-        prompts = batch["input_ids"].tolist()
-        clocks = [partial(seconds_of, process, prompts) for process in processes]
-        for own, speed in zip(measured, speeds(*clocks, runs=runs), strict=True):
-            own[f"requests_{size}"] = speed
-    return measured
-
-
-def seconds_of(process, prompts):
-    """Return how long a server takes for as many new tokens as a prompt has."""
-    _, seconds = process(prompts, LENGTH)
-    return seconds
+def time_requests(size, process):
+    """Return the seconds of some requests at a time, which get as many new tokens as their prompts have."""
+    (batch,) = random_windows(10000, size, LENGTH, size)
+    _, duration = process(batch["input_ids"].tolist(), LENGTH)
+    return [duration]
 
 
 def main(options: worth.Options = worth.Options(), servers: Sequence[str] = tuple(SERVERS)):

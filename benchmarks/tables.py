@@ -83,6 +83,7 @@ LABELS = {
     "hybrid PPM, distilled": "units, by OptiPFair with data, then distilled",
     "structured, int8": "units, then int8",
     "structured, distilled": "units, by the loss, then distilled",
+    "structured, trained": "units, then trained",
     "structured, longer": "units, by the loss, then trained by `recipes/llm/smaller_longer.py`",
 }
 """How a method is written. Tables list methods in this order."""
@@ -288,18 +289,20 @@ def demo():
 def reference():
     """Our perplexity beside that of other implementations."""
     results = in_order(read_table("reference"))
-    usual = lookup(read_table("methods"))
-    ours = [run for run in results if run.code == OURS]
-    paper = [run for run in results if run.code == "locuslab/wanda"]
-    alps = [run for run in results if run.code == "ALPS"]
+    by_code = {}
+    for run in results:
+        by_code.setdefault(run.code, []).append(run)
+    ours = by_code[OURS]
+    paper = by_code["locuslab/wanda"]
+    alps = by_code["ALPS"]
 
-    same_setting = lookup(ours)
+    usual = lookup(read_table("methods"))
+    same_setting = usual | lookup(ours)
     rows = []
     for theirs in paper:
-        key = (theirs.method, theirs.goal)
-        own = same_setting.get(key) or usual[key]
+        own = same_setting[theirs.method, theirs.goal]
         goal = theirs.goal.replace("dense", "")
-        rows.append([LABELS[theirs.method], goal, perplexity(own), perplexity(theirs)])
+        rows.append([label(theirs), goal, perplexity(own), perplexity(theirs)])
     first = markdown(("method", "sparsity", "ours", "reference code"), rows)
 
     # Without seconds: those of ALPS are of a machine whose state was not recorded.
@@ -472,19 +475,13 @@ def streaming():
     """Memory of pruning from disk."""
     results = read_table("streaming_memory")
     results.sort(key=lambda run: (run.model, run.method, run.case["layers"], run.name))
+    quantities = {"peak_rss_mib": ".0f", "read_gb": ".2f", "written_gb": ".2f"}
     rows = []
     for run in results:
         choices = [f"{name} {value}" for name, value in run.case.items() if name != "layers"]
-        rows.append(
-            [
-                run.model,
-                ", ".join([label_and_goal(run), *choices]),
-                str(run.case["layers"]),
-                number(run, "peak_rss_mib", ".0f"),
-                number(run, "read_gb", ".2f"),
-                number(run, "written_gb", ".2f"),
-            ]
-        )
+        shown = ", ".join([label_and_goal(run), *choices])
+        cells = [number(run, *quantity) for quantity in quantities.items()]
+        rows.append([run.model, shown, str(run.case["layers"]), *cells])
     headings = ("model", "choices", "layers", "peak, MiB", "GB read", "GB written")
     return markdown(headings, rows) + source(results)
 
@@ -573,7 +570,7 @@ def mean_and_range(values):
     """Return the mean, with the lowest and the highest value unless all look the same."""
     if not values:
         return ""
-    low, middle, high = (f"{value:#.4g}" for value in (min(values), mean(values), max(values)))
+    low, middle, high = (f"{each(values):#.4g}" for each in (min, mean, max))
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
@@ -603,22 +600,19 @@ def training():
     texts = {"web": "web text", "own": "text by the dense model"}
     usual = []
     by_text = []
-    names = []
     for run in results:
         row = label(run)
         if "windows" in run.case:
             row += f", {run.case['windows']} windows in {run.case['steps']} steps"
-        text = run.case.get("text")
-        if text in texts:
-            by_text.append((f"{row}, {run.goal}", texts[text], perplexity(run)))
+        text = texts.get(run.case.get("text"))
+        if text:
+            by_text.append((f"{row}, {run.goal}", text, perplexity(run)))
         else:
             usual.append((row, run.goal, with_seconds(run)))
-        if text == "both":
-            names.append(run.calibration.data)
 
-    goals = sorted({goal for _, goal, _ in usual}, key=by_goal)
-    first = grid("perplexity, seconds of training", usual, goals)
-    trained_on = f"Trained on windows of 512 tokens of {'; '.join(_distinct(names))}."
+    first = grid("perplexity, seconds of training", usual, goals_of(results))
+    (name,) = {run.calibration.data for run in results if run.case.get("text") == "both"}
+    trained_on = f"Trained on windows of 512 tokens of {name}."
     second = grid("perplexity by training text", by_text, list(texts.values()))
     return f"{first}\n\n{trained_on}\n\n{second}{source_of_notes(results)}"
 
@@ -630,6 +624,7 @@ def _column(heading, quantity, form):
 WORTH = {
     "perplexity": ("perplexity", perplexity),
     "top1": ("accuracy", partial(percent, quantity="top1", digits=1)),
+    "spearman": _column("score", "spearman", ".2f"),
     "weights_mib": _column("MiB", "weights_mib", ".1f"),
     "zstd_mib": _column("MiB after `zstd -3`", "zstd_mib", ".1f"),
     "prefill_1": _column("prefill, batch 1", "prefill_1", ".2f"),
@@ -638,6 +633,8 @@ WORTH = {
     "decode_32": _column("decode, batch 32", "decode_32", ".2f"),
     "images_1": _column("images, batch 1", "images_1", ".2f"),
     "images_32": _column("images, batch 32", "images_32", ".2f"),
+    "sentences_1": _column("one sentence", "sentences_1", ".2f"),
+    "sentences_32": _column("32 sentences", "sentences_32", ".2f"),
     "peak_mib": _column("activations, MiB", "peak_mib", ".0f"),
     "seconds": ("seconds to make", seconds),
 }
@@ -672,8 +669,17 @@ def worth_table(results, columns):
     rows = []
     for run in sorted(in_order(results), key=lambda run: run.pattern == "structured"):
         cells = [cell(run) for _, cell in shown]
-        rows.append([_worth_name(run), _fewer_parameters(run, results), *cells])
+        name = _worth_name(run)
+        if "spearman" in measured and not any(_beats(other, run) for other in results):
+            name = f"**{name}**"
+        rows.append([name, _fewer_parameters(run, results), *cells])
     return markdown(("", "fewer parameters", *(heading for heading, _ in shown)), rows)
+
+
+def _beats(other, result):
+    """Whether another file of a sentence encoder is both faster and better."""
+    pairs = [(other.measured[name], result.measured[name]) for name in ("spearman", "sentences_32")]
+    return all(theirs > ours for theirs, ours in pairs)
 
 
 def _fewer_parameters(result, results):
@@ -688,9 +694,9 @@ def _fewer_parameters(result, results):
     return f"{1 - left:.0%}".replace("%", " %")
 
 
-def runtimes():
+def runtimes(table="runtimes"):
     """Quality, size and speed of fewer bits and fewer units, in programs that run models on a CPU."""
-    runs = read_table("runtimes")
+    runs = read_table(table)
     runs.sort(key=lambda run: (run.model, run.case["program"], -run.measured["weights_mib"]))
     parts = []
     for name, group in groupby(runs, lambda run: f"`{run.model}` in {run.case['program']}"):
