@@ -19,7 +19,7 @@ import numpy as np
 import worth
 from measuring import run_from_shell, seconds
 from result import Result, Samples
-from runtimes import FILES, Kind, measure
+from runtimes import Kind, measure
 from scipy.stats import spearmanr
 from worth import narrower, rows_of_units
 
@@ -83,10 +83,7 @@ def sentences(options):
 
 def main(options: worth.Options = worth.Options()):
     """Measure the rows in each program."""
-    kind = sentences(options)
-    FILES.mkdir(parents=True, exist_ok=True)
-    for program in kind.numbers:
-        measure(program, kind, options, "embedding", threads=1)
+    measure(sentences(options), options, "embedding", threads=1)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ first as its description, so that a test compares it with the runs without drawi
 import json
 
 from result import OURS, read_table
-from tables import LABELS, ROOT, in_order, lookup
+from tables import LABELS, REFERENCE, ROOT, in_order, lookup
 
 from wanda_lightning.common.atomic_write import atomic_write
 from wanda_lightning.common.checks import require_extra
@@ -39,7 +39,6 @@ STYLE = {
     "svg.hashsalt": "wanda_lightning",  # the same picture has the same bytes
 }
 GOALS = {"50 %": (BLUE, "o"), "60 %": (ORANGE, "s"), "2:4": (GREEN, "D")}
-REFERENCE = "locuslab/wanda"
 ALPS = "ALPS"
 PRESETS = ("thorough", "best", "balanced", "fast")
 COMPARED = (  # method, whose implementation, label
@@ -71,7 +70,7 @@ def methods():
         runs = {goal: cells[method, goal] for goal in GOALS if (method, goal) in cells}
         perplexities = {goal: round(run.measured["perplexity"], 2) for goal, run in runs.items()}
         # The seconds of other implementations are of machines whose state was not recorded.
-        seconds = [round(run.measured["seconds"]) for run in runs.values() if code == OURS]
+        seconds = sorted(round(run.measured["seconds"]) for run in runs.values() if code == OURS)
         rows.append({"label": label, "perplexity": perplexities, "seconds": seconds})
     return {"dense": _dense(), "rows": rows}
 
@@ -87,34 +86,27 @@ def draw_methods(data):
     figure, axes = plt.subplots(figsize=(9, 4.3), layout="constrained")
     rows = data["rows"]
     marks = {}
-
-    def write_time(height, text, color):
-        axes.annotate(
-            text, (1.02, height), xycoords=("axes fraction", "data"), va="center", color=color
-        )
-
+    times = []
     for height, row in enumerate(rows):
         values = sorted(row["perplexity"].values())
         axes.plot([values[0], values[-1]], [height, height], color=GRID, linewidth=2, zorder=1)
         for goal, value in row["perplexity"].items():
             color, marker = GOALS[goal]
             marks[goal] = axes.scatter(value, height, s=46, color=color, marker=marker, zorder=2)
-
-        seconds = sorted(row["seconds"])
-        if seconds:
-            ends = dict.fromkeys((seconds[0], seconds[-1]))
-            write_time(height, f"{' to '.join(map(str, ends))} s", INK)
-        else:
-            write_time(height, "not compared", FAINT)
+        ends = dict.fromkeys(row["seconds"][:1] + row["seconds"][-1:])
+        times.append(f"{' to '.join(map(str, ends))} s" if ends else "not compared")
 
     top = -0.8
-    write_time(top, "time to prune", FAINT)
     dense = data["dense"]
     bottom = len(rows)
     axes.plot([dense, dense], [-0.5, bottom], color=FAINT, linewidth=1, linestyle="--")
     axes.annotate(f"dense {dense}", (dense, top), va="center", ha="center", color=FAINT)
 
     axes.set_yticks(range(bottom), [row["label"] for row in rows])
+    right = axes.secondary_yaxis("right")
+    right.set_yticks([top, *range(bottom)], ["time to prune", *times])
+    right.tick_params(length=0)
+    right.spines["right"].set_visible(False)
     for text in axes.get_yticklabels()[: len(PRESETS)]:
         text.set_fontweight("bold")
     axes.set(xlabel="perplexity, logarithmic: lower is better", ylim=(bottom - 0.4, -1.1))
@@ -235,7 +227,7 @@ def embedding():
         numbers = run.case["numbers"]
         if run.case["program"] == "onnxruntime":
             place = [round(run.measured[name], 2) for name in ("sentences_32", "spearman")]
-            name = numbers if run.method == "dense" else run.goal.removesuffix(" of units")
+            name = f"dense, {numbers}" if run.method == "dense" else f"without {run.goal}"
             by_method = points.setdefault(numbers, {})
             by_method.setdefault(run.method, []).append([*place, name])
     return points
@@ -253,7 +245,11 @@ def draw_embedding(data):
             axes.plot(speeds, scores, "o-", color=color)
             for place in zip(names, zip(speeds, scores, strict=True), strict=True):
                 axes.annotate(*place, (6, 5), textcoords="offset points", fontsize=9)
-    axes.set(xlabel="times as fast as dense float32, 32 sentences", ylabel="score on STS-B")
+    axes.set(
+        xlabel="times as fast as the dense float32 model in ONNX Runtime: 32 sentences, one thread",
+        ylabel="score on STS-B: higher is better",
+    )
+    axes.legend([LABELS[method] for method in list(by_method)[1:]], frameon=False)
     axes.grid(color=GRID, linewidth=0.6)
     return figure
 

@@ -181,16 +181,22 @@ def file_of(planned, change, kind, template):
 
     # OpenVINO reads the .onnx file.
     source = "onnxruntime" if program == "openvino" else program
-    first = {"program": source, "numbers": "float32"}
-    if planned.case == first:
+    first = replace(planned, case={"program": source, "numbers": "float32"})
+    if planned == first:
         write(change(copy.deepcopy(kind.dense)).eval(), file, template)
     else:
-        dense = file_of(replace(planned, case=first), change, kind, template)
-        convert(numbers, dense, file, kind.samples)
+        convert(numbers, file_of(first, change, kind, template), file, kind.samples)
     return file
 
 
-def measure(program, kind, options, table="runtimes", threads=THREADS):
+def measure(kind, options, table="runtimes", threads=THREADS):
+    """Measure all models in each program."""
+    FILES.mkdir(parents=True, exist_ok=True)
+    for program in kind.numbers:
+        measure_program(program, kind, options, table, threads)
+
+
+def measure_program(program, kind, options, table, threads):
     """Measure all models in one program; the first is the dense one in float32."""
     rows = []
     files = []
@@ -212,10 +218,7 @@ def measure(program, kind, options, table="runtimes", threads=THREADS):
 
 def main(options: worth.Options = worth.Options()):
     """Measure the rows in each program."""
-    kind = photos(options) if options.images else text(options)
-    FILES.mkdir(parents=True, exist_ok=True)
-    for program in kind.numbers:
-        measure(program, kind, options)
+    measure(photos(options) if options.images else text(options), options)
 
 
 if __name__ == "__main__":
