@@ -54,7 +54,7 @@ def to_onnx(model, file):
         example = (torch.zeros(2, *model.pretrained_cfg["input_size"]),)
         sizes = ({0: "batch"},)
     elif reads_texts(model):
-        example = (ids, ids)
+        example = (ids, ids.clone())  # one tensor twice would be one input
         sizes = ({0: "batch", 1: "tokens"},) * 2
         model = WithMask(model).eval()
     else:
