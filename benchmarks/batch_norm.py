@@ -1,8 +1,7 @@
 """Accuracy of a small network that is pruned with and without the correction of its BatchNorm statistics.
 
     OMP_NUM_THREADS=1 python benchmarks/batch_norm.py --save benchmarks/results
-    python benchmarks/batch_norm.py --model efficientnet
-    python benchmarks/batch_norm.py --goals 70 2:4 --methods wanda_none wanda_block
+    python benchmarks/batch_norm.py --model efficientnet --methods wanda_none wanda_block
 
 A ResNet-18 with a quarter of the channels, or timm's smallest EfficientNet (whose depthwise convolutions stay dense),
 is trained on the scanned digits of scikit-learn, resized to 32 x 32 pixels, for 12 epochs. Calibration takes 256
@@ -14,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
-from typing import Literal
 
 import timm
 import torch
@@ -34,6 +32,9 @@ for preset in PRESETS:
     if preset != "fast":  # it is `wanda_none`
         METHODS[preset] = {"method": preset}
 
+GOALS = ("50", "60", "70", "2:4")
+EPOCHS = 12
+BATCH = 64
 MODELS = {
     "resnet": {"model_name": "resnet18", "channels": (16, 32, 64, 128)},
     "efficientnet": {"model_name": "test_efficientnet"},
@@ -55,17 +56,17 @@ def digits():
     return (images[training], labels[training]), (images[evaluation], labels[evaluation])
 
 
-def train(name, inputs, labels, epochs, batch_size=64):
+def train(name, inputs, labels):
     """Train one of the models on randomly shifted images."""
     torch.manual_seed(0)
     model = timm.create_model(**MODELS[name], in_chans=1, num_classes=10)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=0.05)
-    steps = len(inputs) // batch_size
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=epochs * steps)
+    steps = len(inputs) // BATCH
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=EPOCHS * steps)
 
-    for _ in range(epochs):
-        order = torch.randperm(len(inputs))[: steps * batch_size]  # without the last, smaller batch
-        for batch in order.split(batch_size):
+    for _ in range(EPOCHS):
+        order = torch.randperm(len(inputs))[: steps * BATCH]  # without the last, smaller batch
+        for batch in order.split(BATCH):
             shift = torch.randint(-3, 4, (2,)).tolist()
             shifted = torch.roll(inputs[batch], shift, (2, 3))
             F.cross_entropy(model(shifted), labels[batch]).backward()
@@ -93,15 +94,13 @@ def measure(dense, batches, evaluation, choices):
 
 def main(
     *,
-    model: Literal[tuple(MODELS)] = "resnet",
-    epochs: int = 12,
-    goals: Sequence[str] = ("50", "60", "70", "2:4"),
-    methods: Sequence[Literal[tuple(METHODS)]] = tuple(METHODS),
-    save: str | None = None,
-) -> None:
+    model: str = "resnet",
+    methods: Sequence[str] = tuple(METHODS),
+    save: str = "",
+):
     """Train once, then prune copies."""
     training, evaluation = digits()
-    dense = train(model, *training, epochs)
+    dense = train(model, *training)
     order = torch.randperm(len(training[0]), generator=torch.Generator().manual_seed(0))
     batches = list(training[0][order[:256]].split(64))
 
@@ -115,11 +114,10 @@ def main(
     runs(trained, lambda: {"top1": accuracy(dense, *evaluation)})
 
     calibrated = replace(trained, calibration=Samples("digits", 256))
-    for method, goal in product(methods, goals):
+    for method, goal in product(methods, GOALS):
         choices = METHODS[method]
         planned = replace(calibrated, method=method, **sparsity_of(goal), arguments=choices)
-        choices = choices | sparsity_of(goal)
-        runs(planned, partial(measure, dense, batches, evaluation, choices))
+        runs(planned, partial(measure, dense, batches, evaluation, choices | sparsity_of(goal)))
 
 
 if __name__ == "__main__":

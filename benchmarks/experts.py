@@ -11,11 +11,12 @@ than 32 tokens are pruned with the statistics of all experts of their layer, or 
 
 import copy
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from unittest.mock import patch
 
 import torch
-from measuring import LanguageModel, Text, fingerprint, run_from_shell
+from measuring import LanguageModel, Text, fingerprint, in_batches, run_from_shell
 from result import Runs
 
 from wanda_lightning import prune
@@ -37,7 +38,7 @@ def at_random(seed):
     return lambda _, mixture: torch.rand(mixture.number, generator=generator, dtype=torch.float64)
 
 
-def main(options: Text, goals: tuple[float, ...] = (0.25, 0.5), save: str = "") -> None:
+def main(options: Text, save: str = ""):
     """Measure all rows."""
     language = LanguageModel(options)
     runs = Runs(save, "experts")
@@ -45,29 +46,26 @@ def main(options: Text, goals: tuple[float, ...] = (0.25, 0.5), save: str = "") 
     planned = replace(language.planned, case={"weights": fingerprint(dense)})
     runs(planned, language.measure)
 
-    def run(row, calibration, patched, **choices):
+    def measure(row, patched):
         """Prune a copy while something is patched."""
+        language.model = copy.deepcopy(dense)
+        windows = language.data.calibration_windows[: row.calibration.windows]
+        choices = {"pattern": row.pattern, **row.arguments}
+        with patched:
+            prune(language.model, in_batches(windows), row.sparsity, **choices, progress=False)
+        return language.measure()
 
-        def measure():
-            language.model = copy.deepcopy(dense)
-            with patched:
-                prune(language.model, calibration, row.sparsity, **choices, progress=False)
-            return language.measure()
-
-        runs(row, measure)
-
-    for goal in goals:
-        scores = {
-            "REAP": ExpertSaliency.__call__,
-            "uses": ExpertSaliency.tokens,
-            "norms": by_norm,
-        }
-        for seed in range(3):
-            scores[f"random, seed {seed}"] = at_random(seed)
-        for name, score in scores.items():
-            row = replace(planned, method=name, sparsity=goal, pattern="experts")
-            patched = patch.object(ExpertSaliency, "__call__", score)
-            run(row, language.calibration, patched, pattern="experts")
+    scores = {
+        "REAP": ExpertSaliency.__call__,
+        "uses": ExpertSaliency.tokens,
+        "norms": by_norm,
+    }
+    for seed in range(3):
+        scores[f"random, seed {seed}"] = at_random(seed)
+    for goal, (name, score) in product((0.25, 0.5), scores.items()):
+        row = replace(planned, method=name, sparsity=goal, pattern="experts")
+        patched = patch.object(ExpertSaliency, "__call__", score)
+        runs(row, partial(measure, row, patched))
 
     # Experts with fewer tokens than this are pruned with the statistics of all experts of their layer.
     enough = observer.MIN_EXPERT_TOKENS
@@ -84,12 +82,8 @@ def main(options: Text, goals: tuple[float, ...] = (0.25, 0.5), save: str = "") 
             arguments={"method": method},
             calibration=replace(planned.calibration, windows=windows),
         )
-        calibration = language.calibration
-        if windows < options.nsamples:
-            calibration = [{key: ids[:windows] for key, ids in calibration[0].items()}]
-        run(
-            row, calibration, patch.object(observer, "MIN_EXPERT_TOKENS", min_tokens), method=method
-        )
+        patched = patch.object(observer, "MIN_EXPERT_TOKENS", min_tokens)
+        runs(row, partial(measure, row, patched))
 
 
 if __name__ == "__main__":

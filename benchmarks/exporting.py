@@ -1,10 +1,11 @@
 """Write models as files for programs that run models: .onnx and .gguf."""
 
-import gguf
 import numpy as np
 import torch
 from torch import nn
 from transformers import DynamicCache
+
+from wanda_lightning.common.text_features import reads_texts
 
 
 class WithCache(nn.Sequential):
@@ -29,17 +30,39 @@ class WithCache(nn.Sequential):
         return output.logits, cache
 
 
+class WithMask(nn.Sequential):
+    """A sentence encoder whose features are tensors: tokens, and which of them are no padding."""
+
+    def forward(self, ids, mask):
+        """Return the embeddings."""
+        return self[0]({"input_ids": ids, "attention_mask": mask})["sentence_embedding"]
+
+
+def write(model, file, template=None):
+    """Write a file in the format that its ending names; `template` is the dense .gguf file."""
+    if file.suffix == ".gguf":
+        to_gguf(template, model, file)
+    else:
+        to_onnx(model, file)
+
+
 def to_onnx(model, file):
-    """Write float32 for any number of images, or of sequences, tokens and cached tokens."""
+    """Write float32 for any number of images, of sentences and tokens, or of sequences, tokens and cached tokens."""
+    # Numbers of samples and tokens that are not equal by chance.
+    ids = torch.ones(2, 7, dtype=torch.long)
     if hasattr(model, "pretrained_cfg"):
         example = (torch.zeros(2, *model.pretrained_cfg["input_size"]),)
         sizes = ({0: "batch"},)
+    elif reads_texts(model):
+        example = (ids, ids.clone())  # one tensor twice would be one input
+        sizes = ({0: "batch", 1: "tokens"},) * 2
+        model = WithMask(model).eval()
     else:
-        # 7 tokens after 5 in the cache, with the logits of 3: numbers that are not equal by chance.
+        # 7 tokens after 5 in the cache, with the logits of 3.
         config = model.config
         shape = (2, config.num_key_value_heads, 5, config.head_dim)
         past = [torch.zeros(shape) for _ in range(2 * config.num_hidden_layers)]
-        example = (torch.ones(2, 7, dtype=torch.long), torch.tensor([3, 5, 6]), past)
+        example = (ids, torch.tensor([3, 5, 6]), past)
         sizes = ({0: "batch", 1: "new"}, {0: "kept"}, [{0: "batch", 2: "past"}] * len(past))
         model = WithCache(model).eval()
     torch.onnx.export(model, example, file, dynamo=True, dynamic_shapes=sizes)
@@ -47,6 +70,8 @@ def to_onnx(model, file):
 
 def to_gguf(template, model, file):
     """Write a Llama in float32 with the tokenizer of a .gguf file; as `deci` if layers differ in width."""
+    import gguf
+
     widths = [layer.mlp.gate_proj.out_features for layer in model.model.layers]
     family = "llama" if len(set(widths)) == 1 else "deci"
     writer = gguf.GGUFWriter(file, family)

@@ -13,6 +13,7 @@ import signal
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from support.families import (
     first_line,
 )
 from support.zoo import KINDS, CannotBuild, family, matching, names
+from tables import markdown
 
 from wanda_lightning.report import versions
 
@@ -60,10 +62,9 @@ COLUMNS = (
 
 
 def table(*rows):
-    """Return the lines of a table of Markdown; the first row is its head."""
-    texts = [[str(cell).replace("|", "\\|").replace("<", "&lt;") for cell in row] for row in rows]
-    texts.insert(1, ["---"] * len(texts[0]))
-    return [f"| {' | '.join(row)} |" for row in texts]
+    """Return a table of Markdown; the first row is its head."""
+    head, *others = [[str(cell).replace("<", "&lt;") for cell in row] for row in rows]
+    return markdown(head, others, "---")
 
 
 def document(results):
@@ -75,7 +76,7 @@ def document(results):
             kinds[kind] = sorted(members, key=lambda result: result.name)
 
     summary = table(SUMMARY, *((KINDS[kind], *_summary(kinds[kind])) for kind in kinds))
-    lines = [_introduction(), *summary, "", share(results)]
+    lines = [_introduction(), summary, "", share(results)]
     for kind, members in kinds.items():
         passed = []
         others = []
@@ -87,8 +88,8 @@ def document(results):
 
         lines += ["", f"## {KINDS[kind]}", ""]
         if others:
-            lines += [*table(("family", "class", "", "cause"), *others), ""]
-        lines += table(COLUMNS, *passed)
+            lines += [table(("family", "class", "", "cause"), *others), ""]
+        lines.append(table(COLUMNS, *passed))
     return "\n".join(lines) + "\n"
 
 
@@ -150,9 +151,8 @@ def examine(family):
     result = Result(family.kind, family.name, family.model)
     try:
         result = check(family)
-        signal.signal(signal.SIGPROF, _out_of_time)
-        signal.setitimer(signal.ITIMER_PROF, 60 * MINUTES)
-        check_units(family, result)
+        with time_limit():
+            check_units(family, result)
     except CannotBuild as error:
         result.cause = str(error)
         result.status = "cannot be built here"
@@ -161,32 +161,38 @@ def examine(family):
             result.folder = first_line(error)
         else:
             result.cause = first_line(error)
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
     return result
 
 
 def examine_uneven(family):
     """Return in a few words who builds the model of a folder whose layers differ in width."""
-    signal.signal(signal.SIGPROF, _out_of_time)
-    signal.setitimer(signal.ITIMER_PROF, 60 * MINUTES)
     try:
-        answer = check_uneven(family)
+        with time_limit():
+            answer = check_uneven(family)
     except CannotBuild:
         return "cannot be built here"
     except Exception as error:
         if "finds no hidden units" in str(error):
             return "no hidden units found in other blocks than the last"
         return first_line(error)
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
     if answer is None:
         return "the configuration gives the widths"
     return "transformers, vLLM and SGLang" if answer else "transformers"
 
 
-def _out_of_time(*_):
-    raise TimeoutError(f"not finished in {MINUTES} minutes of processor time")
+@contextmanager
+def time_limit():
+    """Stop what takes too long."""
+
+    def stop(*_):
+        raise TimeoutError(f"not finished in {MINUTES} minutes of processor time")
+
+    signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, 60 * MINUTES)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def main(
@@ -195,7 +201,7 @@ def main(
     resume: Path | None = None,
     write: bool = False,
     uneven: bool = False,
-) -> None:
+):
     """Examine the chosen families, in a process that continues after a crash, and print the summary.
 
     Args:

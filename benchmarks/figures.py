@@ -8,17 +8,12 @@ first as its description, so that a test compares it with the runs without drawi
 """
 
 import json
-from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from result import OURS, read_table
-from tables import LABELS, ROOT, lookup
+from tables import LABELS, REFERENCE, ROOT, in_order, lookup
 
 from wanda_lightning.common.atomic_write import atomic_write
 from wanda_lightning.common.checks import require_extra
-
-if TYPE_CHECKING:
-    pass
 
 INK = "#1f2328"
 FAINT = "#6e7781"
@@ -44,7 +39,6 @@ STYLE = {
     "svg.hashsalt": "wanda_lightning",  # the same picture has the same bytes
 }
 GOALS = {"50 %": (BLUE, "o"), "60 %": (ORANGE, "s"), "2:4": (GREEN, "D")}
-REFERENCE = "locuslab/wanda"
 ALPS = "ALPS"
 PRESETS = ("thorough", "best", "balanced", "fast")
 COMPARED = (  # method, whose implementation, label
@@ -60,16 +54,11 @@ COMPARED = (  # method, whose implementation, label
 )
 
 
-# Where a name may stand beside its point: shift in points, and horizontal and vertical alignment.
-SIDES = [
-    (9, 0, "left", "center"),
-    (-9, 0, "right", "center"),
-    (0, 7, "center", "bottom"),
-    (0, -7, "center", "top"),
-]
+# Where a name may stand beside its point: shift in points, and horizontal alignment.
+SIDES = [(9, 0, "left"), (-9, 0, "right"), (0, 12, "center"), (0, -12, "center")]
 for shift in (9, -9, 16, -16, 26):
-    SIDES += [(8, shift, "left", "center"), (-8, shift, "right", "center")]
-SIDES += [(0, -18, "center", "top"), (0, 18, "center", "bottom"), (0, -30, "center", "top")]
+    SIDES += [(8, shift, "left"), (-8, shift, "right")]
+SIDES += [(0, shift, "center") for shift in (-23, 23, -35)]
 
 
 def methods():
@@ -81,7 +70,7 @@ def methods():
         runs = {goal: cells[method, goal] for goal in GOALS if (method, goal) in cells}
         perplexities = {goal: round(run.measured["perplexity"], 2) for goal, run in runs.items()}
         # The seconds of other implementations are of machines whose state was not recorded.
-        seconds = [round(run.measured["seconds"]) for run in runs.values() if code == OURS]
+        seconds = sorted(round(run.measured["seconds"]) for run in runs.values() if code == OURS)
         rows.append({"label": label, "perplexity": perplexities, "seconds": seconds})
     return {"dense": _dense(), "rows": rows}
 
@@ -96,33 +85,31 @@ def draw_methods(data):
 
     figure, axes = plt.subplots(figsize=(9, 4.3), layout="constrained")
     rows = data["rows"]
-    heights = range(len(rows), 0, -1)
-    beside = {"xycoords": ("axes fraction", "data"), "va": "center"}
     marks = {}
-    for height, row in zip(heights, rows, strict=True):
-        values = row["perplexity"].values()
-        axes.plot([min(values), max(values)], [height, height], color=GRID, linewidth=2, zorder=1)
+    times = []
+    for height, row in enumerate(rows):
+        values = sorted(row["perplexity"].values())
+        axes.plot([values[0], values[-1]], [height, height], color=GRID, linewidth=2, zorder=1)
         for goal, value in row["perplexity"].items():
             color, marker = GOALS[goal]
             marks[goal] = axes.scatter(value, height, s=46, color=color, marker=marker, zorder=2)
+        ends = dict.fromkeys(row["seconds"][:1] + row["seconds"][-1:])
+        times.append(f"{' to '.join(map(str, ends))} s" if ends else "not compared")
 
-        seconds = row["seconds"]
-        if seconds:
-            ends = sorted({min(seconds), max(seconds)})
-            axes.annotate(f"{' to '.join(map(str, ends))} s", (1.02, height), **beside, color=INK)
-        else:
-            axes.annotate("not compared", (1.02, height), **beside, color=FAINT)
-
-    top = len(rows) + 0.8
-    axes.annotate("time to prune", (1.02, top), **beside, color=FAINT)
+    top = -0.8
     dense = data["dense"]
-    axes.plot([dense, dense], [0, len(rows) + 0.5], color=FAINT, linewidth=1, linestyle="--")
+    bottom = len(rows)
+    axes.plot([dense, dense], [-0.5, bottom], color=FAINT, linewidth=1, linestyle="--")
     axes.annotate(f"dense {dense}", (dense, top), va="center", ha="center", color=FAINT)
 
-    axes.set_yticks(heights, [row["label"] for row in rows])
+    axes.set_yticks(range(bottom), [row["label"] for row in rows])
+    right = axes.secondary_yaxis("right")
+    right.set_yticks([top, *range(bottom)], ["time to prune", *times])
+    right.tick_params(length=0)
+    right.spines["right"].set_visible(False)
     for text in axes.get_yticklabels()[: len(PRESETS)]:
         text.set_fontweight("bold")
-    axes.set(xlabel="perplexity, logarithmic: lower is better", ylim=(0.4, len(rows) + 1.1))
+    axes.set(xlabel="perplexity, logarithmic: lower is better", ylim=(bottom - 0.4, -1.1))
     _logarithmic(axes, "x")
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
@@ -209,39 +196,72 @@ def _best(points):
 
 def _name_points(panel, points):
     """Write a name beside each point, where it covers no point, no other name and not the line of the best."""
+    from matplotlib.path import Path
     from matplotlib.transforms import Bbox
 
     def in_pixels(points):
         return panel.transData.transform([point[:2] for point in points])
 
-    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in in_pixels(points)]
-    for start, end in pairwise(in_pixels(_best(points))):
-        for step in range(51):
-            x, y = start + (end - start) * step / 50
-            taken.append(Bbox.from_bounds(x - 1, y - 1, 2, 2))
+    line = Path(in_pixels(_best(points))).interpolated(50).vertices
+    taken = []
+    for places, size in ((in_pixels(points), 5), (line, 1)):
+        taken += [Bbox([place, place]).padded(size) for place in places]
 
     for x, y, name in points:
-        for dx, dy, horizontal, vertical in SIDES:
-            style = {"ha": horizontal, "va": vertical, "fontsize": 9}
-            text = panel.annotate(
-                name, (x, y), xytext=(dx, dy), textcoords="offset points", **style
-            )
+        text = panel.annotate(
+            name, (x, y), (0, 0), textcoords="offset points", va="center", fontsize=9
+        )
+        # The last side stays even if it covers something.
+        for dx, dy, side in SIDES:
+            text.set(position=(dx, dy), ha=side)
             box = text.get_window_extent().padded(1)
-            if not any(box.overlaps(other) for other in taken):
-                taken.append(box)
+            if not box.count_overlaps(taken):
                 break
-            # The last side stays even if it covers something.
-            if (dx, dy, horizontal, vertical) != SIDES[-1]:
-                text.remove()
+        taken.append(box)
+
+
+def embedding():
+    """Speed and score of a sentence encoder in ONNX Runtime, by its numbers and by what was taken out."""
+    points = {}
+    for run in in_order(read_table("embedding")):
+        numbers = run.case["numbers"]
+        if run.case["program"] == "onnxruntime":
+            place = [round(run.measured[name], 2) for name in ("sentences_32", "spearman")]
+            name = f"dense, {numbers}" if run.method == "dense" else f"without {run.goal}"
+            by_method = points.setdefault(numbers, {})
+            by_method.setdefault(run.method, []).append([*place, name])
+    return points
+
+
+def draw_embedding(data):
+    """Draw lines from the dense model to fewer units, in float32 and in int8."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(9, 4.3), layout="constrained")
+    for by_method in data.values():
+        dense, *others = by_method.values()
+        for color, points in zip((FAINT, BLUE), others, strict=False):
+            speeds, scores, names = zip(*dense, *points, strict=True)
+            axes.plot(speeds, scores, "o-", color=color)
+            for place in zip(names, zip(speeds, scores, strict=True), strict=True):
+                axes.annotate(*place, (6, 5), textcoords="offset points", fontsize=9)
+    axes.set(
+        xlabel="times as fast as the dense float32 model in ONNX Runtime: 32 sentences, one thread",
+        ylabel="score on STS-B: higher is better",
+    )
+    axes.legend([LABELS[method] for method in list(by_method)[1:]], frameon=False)
+    axes.grid(color=GRID, linewidth=0.6)
+    return figure
 
 
 FIGURES = {
     "methods": (methods, draw_methods),
     "frontier": (frontier, draw_frontier),
+    "embedding": (embedding, draw_embedding),
 }
 
 
-def main() -> None:
+def main():
     """Draw all figures."""
     require_extra("report", "matplotlib", purpose="Figures")
     import matplotlib as mpl

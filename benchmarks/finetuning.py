@@ -59,7 +59,7 @@ def median_peak(step):
     return statistics.median(cost_of(step).peak_mib for _ in range(3))
 
 
-def main(*, model: str, runs: int = 5, save: str | None = None) -> None:
+def main(*, model: str, runs: int = 5, save: str = ""):
     """Measure steps with and without kept zeros."""
     torch.manual_seed(0)
     pruned = CausalLMModule(model, dtype="float32").model.train()

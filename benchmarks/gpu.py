@@ -16,7 +16,6 @@ from itertools import product
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
-from typing import Literal
 
 import torch
 from cyclopts import Parameter
@@ -44,11 +43,11 @@ class Options:
     model: str
     folder: str
     device: str = "cuda"
-    shape: Literal[tuple(SHAPES)] = "7b"
+    shape: str = "7b"
     samples: int = 128
     seqlen: int = 2048
     minutes: float = 8
-    save: str | None = None
+    save: str = ""
 
 
 def pruned(options, method, dtype, device):
@@ -71,89 +70,80 @@ def against_cpu(options, method, dtype):
     return measured
 
 
-class Large:
-    """The random model, and its calibration windows."""
-
-    def __init__(self, options):
-        self.options = options
-        self.config = llama(*SHAPES[options.shape])
-        self.batches = random_windows(self.config.vocab_size, options.samples, options.seqlen)
-
-    def build(self):
-        """Build the model on the device."""
-        return random_model(self.config, torch.bfloat16, self.options.device)
-
-    def measured(self, step):
-        """Return the seconds and the peak memory."""
-        cost = cost_of(step, self.options.device)
-        return {"seconds": cost.seconds, "device_mib": cost.start_mib + cost.peak_mib}
-
-    @torch.no_grad()
-    def forward(self):
-        """Run all windows through the blocks, after a warm-up with one."""
-        body = self.build().base_model
-
-        def run(count):
-            for batch in self.batches[:count]:
-                body(batch["input_ids"].to(body.device), use_cache=False)
-
-        run(1)
-        return self.measured(lambda: run(len(self.batches)))
-
-    def prune(self, **choices):
-        """Prune in memory."""
-        model = self.build()
-        return self.measured(lambda: prune(model, self.batches, 0.5, **choices, progress=False))
-
-    def from_disk(self, **choices):
-        """Write the dense model, which is not timed, and prune it from disk."""
-        with TemporaryDirectory(dir=self.options.folder) as folder:
-            dense = Path(folder) / "dense"
-            output = Path(folder) / "pruned"
-            self.build().save_pretrained(dense)
-            arguments = {**choices, "device": self.options.device, "progress": False}
-            step = partial(prune_from_disk, dense, output, self.batches, 0.5, **arguments)
-            return self.measured(step)
+def costs(step, device):
+    """Return the seconds and the peak memory."""
+    cost = cost_of(step, device)
+    return {"seconds": cost.seconds, "device_mib": cost.start_mib + cost.peak_mib}
 
 
-def main(options: Options) -> None:
+@torch.no_grad()
+def forward(build, batches, device):
+    """Run all windows through the blocks, after a warm-up with one."""
+    body = build().base_model
+
+    def run(count):
+        for batch in batches[:count]:
+            body(batch["input_ids"].to(device), use_cache=False)
+
+    run(1)
+    return costs(lambda: run(len(batches)), device)
+
+
+def in_memory(build, batches, device, **choices):
+    """Prune in memory."""
+    step = partial(prune, build(), batches, 0.5, **choices, progress=False)
+    return costs(step, device)
+
+
+def from_disk(build, batches, device, parent):
+    """Write the dense model, which is not timed, and prune it from disk."""
+    choices = {"method": "wanda", "sequential": "layer", "device": device, "progress": False}
+    with TemporaryDirectory(dir=parent) as folder:
+        dense = f"{folder}/dense"
+        build().save_pretrained(dense)
+        step = partial(prune_from_disk, dense, f"{folder}/pruned", batches, 0.5, **choices)
+        return costs(step, device)
+
+
+def main(options: Options):
     """Measure the steps that are not saved yet, while there is time."""
     runs = Runs(options.save, "gpu")
     until = time.monotonic() + 60 * options.minutes
-    large = Large(options)
-    passes = Result(
-        model=f"random Llama {options.shape}",
-        method="forward pass",
-        calibration=Samples("random tokens", options.samples, options.seqlen),
-    )
+    device = options.device
+    config = llama(*SHAPES[options.shape])
+    build = partial(random_model, config, torch.bfloat16, device)
+    batches = random_windows(config.vocab_size, options.samples, options.seqlen)
+    large = (build, batches, device)
+    samples = Samples("random tokens", options.samples, options.seqlen)
+    model = f"random Llama {options.shape}"
+    passes = Result(model=model, method="forward pass", calibration=samples)
     planned = replace(passes, sparsity=0.5)
+    samples = Samples("random tokens", *SMALL)
+    small = replace(planned, model=Path(options.model).name, calibration=samples)
 
-    def run(row, measure):
+    def masks(*methods):
+        for method, dtype in product(methods, ("float32", "bfloat16")):
+            row = replace(small, method=method, case={"dtype": dtype})
+            steps.append((row, partial(against_cpu, options, method, dtype)))
+
+    steps = []
+    masks("wanda", "balanced")
+    steps.append((passes, partial(forward, *large)))
+    for method, sequential in MEMORY:
+        row = replace(planned, method=method, case={"sequential": sequential})
+        choices = {"method": method, "sequential": sequential}
+        steps.append((row, partial(in_memory, *large, **choices)))
+    disk = replace(planned, method="wanda", case={"source": "disk"})
+    steps.append((disk, partial(from_disk, *large, options.folder)))
+    best = replace(planned, method="best")
+    steps.append((best, partial(in_memory, *large, method="best")))
+    masks("sparsegpt", "best")
+
+    for row, measure in steps:
         if time.monotonic() < until:
             runs(row, measure)
         else:
             print(f"not measured: {row.name}")
-
-    def masks(*methods):
-        for method, dtype in product(methods, ("float32", "bfloat16")):
-            row = replace(
-                planned,
-                model=Path(options.model).name,
-                method=method,
-                case={"dtype": dtype},
-                calibration=Samples("random tokens", *SMALL),
-            )
-            run(row, partial(against_cpu, options, method, dtype))
-
-    masks("wanda", "balanced")
-    run(passes, large.forward)
-    for method, sequential in MEMORY:
-        row = replace(planned, method=method, case={"sequential": sequential})
-        run(row, partial(large.prune, method=method, sequential=sequential))
-    disk = replace(planned, method="wanda", case={"source": "disk"})
-    run(disk, partial(large.from_disk, method="wanda", sequential="layer"))
-    run(replace(planned, method="best"), partial(large.prune, method="best"))
-    masks("sparsegpt", "best")
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ import gc
 import hashlib
 import multiprocessing
 import re
-import statistics
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import psutil
 import torch
 from cyclopts import App, Parameter
@@ -127,17 +128,18 @@ class Photos:
 
     def __init__(self, folder, data, count):
         module = ImageClassifierModule(f"timm:local-dir:{folder}")
-        images = ImageDataModule(data, module, num_samples=count)
-        images.setup("validate")
+        self.data = ImageDataModule(data, module, num_samples=count)
+        self.data.setup("validate")
         self.model = module.model.eval()
-        self.calibration = [pixels for pixels, _ in images.calibration_dataloader()]
-        self.evaluation = list(images.val_dataloader())
+        self.calibration = [pixels for pixels, _ in self.data.calibration_dataloader()]
+        self.evaluation = list(self.data.val_dataloader())
         self.labels = torch.cat([labels for _, labels in self.evaluation])
+        samples = Samples(Path(data).name, count)
         self.planned = Result(
             model=Path(folder).name,
             method="dense",
-            calibration=Samples(Path(data).name, count),
-            evaluation=Samples(Path(data).name, len(self.labels)),
+            calibration=samples,
+            evaluation=replace(samples, windows=len(self.labels)),
         )
 
 
@@ -156,9 +158,29 @@ def seconds(step):
 
 
 def medians(*clocks, runs):
-    """Return the median of each clock. The clocks run alternately, after a warm-up of one run each."""
+    """Return the median of each clock, or of each of its numbers. They take turns, after a warm-up of one run each.
+
+    Another program on the machine thus slows all of them.
+    """
     _, *rounds = [[clock() for clock in clocks] for _ in range(1 + runs)]
-    return [statistics.median(times) for times in zip(*rounds, strict=True)]
+    return np.median(rounds, axis=0)
+
+
+def speeds(clock, timed, models, rounds):
+    """Return how many times as fast as the first model each of them is; they take turns.
+
+    Args:
+        clock: Returns the seconds of each thing in `timed`, for a batch size and a model.
+        timed: Names; those of the ratios have the batch size after them.
+        models: What `clock` takes.
+        rounds: Number of rounds for each batch size.
+    """
+    measured = [{} for _ in models]
+    for size, runs in rounds.items():
+        times = medians(*[partial(clock, size, model) for model in models], runs=runs)
+        for ratios, own in zip(times[0] / times, measured, strict=True):
+            own |= {f"{name}_{size}": ratio for name, ratio in zip(timed, ratios, strict=True)}
+    return measured
 
 
 def in_new_process(function, *arguments):

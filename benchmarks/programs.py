@@ -1,7 +1,8 @@
 """Open files in ONNX Runtime, OpenVINO and llama.cpp.
 
-Each function returns `run`. For images, `run(pixels)` returns logits and nothing else of use. For tokens, `run(ids,
-cache, positions)` returns the logits at these positions and the new cache; the first cache is None.
+Each function returns `run`, which returns an array and a cache. For images, `run(pixels)` returns logits, and for
+sentences, `run(ids, None, mask)` returns embeddings; both have no cache. For tokens, `run(ids, cache, positions)`
+returns the logits at these positions and the new cache; the first cache is None.
 
 Each function imports its program itself, since an environment may have only one of them.
 """
@@ -12,49 +13,50 @@ THREADS = 2
 SEQUENCES = 32  # in a .gguf file's context, of up to 512 tokens, 128 of them in one call
 
 
-def open_onnx(file):
+def open_onnx(file, threads=THREADS):
     """Load an .onnx file."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = THREADS
+    options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(file, options)
-    inputs = session.get_inputs()
-    names = [entry.name for entry in inputs]
-    shape = inputs[-1].shape
+    names = [entry.name for entry in session.get_inputs()]
+    shapes = [entry.shape for entry in session.get_inputs()[2:]]
     to_value = onnxruntime.OrtValue.ortvalue_from_numpy
 
-    def run(batch, past=None, *kept):
-        if not past:
-            none = np.zeros((len(batch), shape[1], 0, shape[3]), np.float32)
-            past = [to_value(none) for _ in inputs[2:]]
-        values = [*map(to_value, (batch, *kept)), *past]
-        logits, *cache = session.run_with_ort_values(None, dict(zip(names, values, strict=True)))
-        return logits.numpy(), cache
+    def run(batch, past=None, *others):
+        past = past or [to_value(empty(batch, shape)) for shape in shapes]
+        values = [*map(to_value, (batch, *others)), *past]
+        first, *cache = session.run_with_ort_values(None, dict(zip(names, values, strict=True)))
+        return first.numpy(), cache
 
     return run
 
 
-def open_openvino(file):
+def empty(batch, shape):
+    """Return keys or values of no token."""
+    _, heads, _, width = shape
+    return np.zeros((len(batch), heads, 0, width), np.float32)
+
+
+def open_openvino(file, threads=THREADS):
     """Load an .xml or .onnx file."""
     import openvino
 
-    choices = {"INFERENCE_NUM_THREADS": THREADS, "INFERENCE_PRECISION_HINT": "f32"}
+    choices = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(file, "CPU", choices)
-    heads, width = (compiled.inputs[-1].partial_shape[axis].get_length() for axis in (1, 3))
+    shapes = [entry.partial_shape.get_max_shape() for entry in compiled.inputs[2:]]
 
-    def run(batch, past=None, *kept):
-        if not past:
-            none = np.zeros((len(batch), heads, 0, width), np.float32)
-            past = [openvino.Tensor(none) for _ in compiled.inputs[2:]]
+    def run(batch, past=None, *others):
+        past = past or [openvino.Tensor(empty(batch, shape)) for shape in shapes]
         request = compiled.create_infer_request()  # its outputs are inputs of the next one
-        request.infer(dict(enumerate([batch, *kept, *past])), share_inputs=True)
+        request.infer(dict(enumerate([batch, *others, *past])), share_inputs=True)
         return request.output_tensors[0].data, request.output_tensors[1:]
 
     return run
 
 
-def open_gguf(file):
+def open_gguf(file, threads=THREADS):
     """Load a .gguf file. The cache is in the context; what `run` returns is the number of its tokens."""
     import llama_cpp
 
@@ -66,7 +68,7 @@ def open_gguf(file):
     choices.n_ctx = SEQUENCES * 512
     choices.n_seq_max = SEQUENCES
     choices.n_batch = SEQUENCES * 128
-    choices.n_threads = choices.n_threads_batch = THREADS
+    choices.n_threads = choices.n_threads_batch = threads
     context = llama_cpp.llama_init_from_model(model, choices)
     words = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
 

@@ -19,9 +19,7 @@ from wanda_lightning import CausalLMModule, prune
 from wanda_lightning.core.patterns import NM
 
 
-def main(
-    *, model: str, nsamples: int = 16, seqlen: int = 512, runs: int = 3, save: str | None = None
-) -> None:
+def main(*, model: str, nsamples: int = 16, seqlen: int = 512, runs: int = 3, save: str = ""):
     """Measure the choices of `sequential`: seconds and memory."""
     record = Runs(save, "costs")
     calibration = Samples("random tokens", nsamples, seqlen)

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from cyclopts import Parameter
 from measuring import (
     LanguageModel,
@@ -39,7 +40,6 @@ from wanda_lightning import (
     Distill,
     EqualShare,
     Fisher,
-    PruningCallback,
     PruningConfig,
     Unstructured,
     prune,
@@ -107,6 +107,9 @@ PHOTOS["best-permutation"] = TEXT["best-permutation"]
 PHOTOS["best-permutation at layer"] = {**TEXT["best-permutation"], "sequential": "layer"}
 WINDOWS = 16  # for calibration, in the table of all methods
 CALIBRATION_PHOTOS = 512  # likewise
+EPOCHS = 30  # of training on digits
+# By the first thing that is unusual about the calibration windows.
+TABLES = {"": "methods", "calibration": "own_text", "windows": "windows", "draw": "draws"}
 
 
 @Parameter(name="*")
@@ -116,7 +119,7 @@ class CellOptions(Text):
 
     methods: Sequence[str] = ()
     goals: Sequence[str] = ()
-    save: str | None = None
+    save: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,8 +134,6 @@ class Options(CellOptions):
     images: bool = False
     photos: str | None = None
     data: str = ""
-    epochs: int = 30
-    """Epochs of training with --images."""
 
 
 def prune_cells(
@@ -188,19 +189,15 @@ def prune_and_measure(language, choices):
 def measure_text(options):
     """Measure all methods with a language model."""
     options = replace(options, nsamples=options.nsamples or WINDOWS)
-    table = "methods"
     case = {}
     if options.calibration == SELF:
-        table = "own_text"
         case["calibration"] = SELF
     if options.nsamples != WINDOWS:
-        table = "windows" if table == "methods" else table
         case["windows"] = options.nsamples
     if options.draw:
-        if case:
-            raise ValueError(f"--draw needs a calibration text and {WINDOWS} windows.")
-        table = "draws"
         case["draw"] = options.draw
+    assert not options.draw or len(case) == 1, "--draw needs a text and the usual windows."
+    table = TABLES[next(iter(case), "")]
 
     cells = cells_of(options, TEXT, GOALS["text"])
     language = LanguageModel(options, options.draw)
@@ -218,25 +215,37 @@ def measure_images(options):
     cells = cells_of(options, IMAGES, GOALS["digits"])
     runs = Runs(options.save, "images")
     for name in demo.MODELS:
-        module, data, accuracy = demo.train(name, options.epochs)
-        case = {"weights": fingerprint(module)}
-        trained = Result(model=name, method="dense", case=case, evaluation=Samples("digits", 360))
-        runs(trained, lambda top1=accuracy: {"top1": top1})
-        expected = outputs(module.eval(), data.val_dataloader())
-        planned = replace(trained, calibration=Samples("digits", data.num_samples))
-        measure = partial(_prune_digits, demo.run, module, data, expected)
-        prune_cells(module.model, cells, planned, runs, measure)
+        module, data, _ = demo.train(name, EPOCHS)
+        planned = Result(
+            model=name,
+            method="dense",
+            case={"weights": fingerprint(module)},
+            calibration=Samples("digits", data.num_samples),
+            evaluation=Samples("digits", 360),
+        )
+        measure_classifier(module.model.eval(), data, planned, cells, runs)
 
 
-def _prune_digits(run, module, data, expected, choices):
-    top1 = run(module, data, PruningCallback(**choices, num_samples=data.num_samples))
-    logits = outputs(module.eval(), data.val_dataloader())
-    return {"top1": top1, "divergence": mean_divergence(logits, expected)}
+def measure_classifier(model, data, dense, cells, runs, **case):
+    """Measure all methods with a classifier and the data module of its images; `case` is that of pruned models."""
+    calibration = [images for images, _ in data.calibration_dataloader()]
+    evaluation = list(data.val_dataloader())
+    labels = torch.cat([labels for _, labels in evaluation])
+    expected = outputs(model, evaluation)
 
+    def scored(logits):
+        correct = (logits.argmax(dim=1) == labels).tolist()
+        return {"top1": sum(correct) / len(correct), "correct": to_hexadecimal(correct)}
 
-def mean_divergence(logits, expected):
-    """Return the mean KL divergence from the predictions of the dense model."""
-    return float(divergence(logits, expected)[0]) / len(expected)
+    def measure(choices):
+        duration = seconds(lambda: prune(model, calibration, **choices, progress=False))
+        logits = outputs(model, evaluation)
+        differs = float(divergence(logits, expected)[0]) / len(expected)
+        return {**scored(logits), "divergence": differs, "seconds": duration}
+
+    runs(replace(dense, calibration=None), lambda: scored(expected))
+    planned = replace(dense, case=dense.case | case)
+    prune_cells(model, cells, planned, runs, measure)
 
 
 def measure_photos(options):
@@ -244,30 +253,16 @@ def measure_photos(options):
     count = options.nsamples or CALIBRATION_PHOTOS
     cells = cells_of(options, PHOTOS, GOALS["photos"])
     photos = Photos(options.photos, options.data, count)
-    planned = photos.planned
     table = "photos"
+    case = {}
     if count != CALIBRATION_PHOTOS:
         table = "more_photos"
-        planned = replace(planned, case={"images": count})
+        case = {"images": count}
     runs = Runs(options.save, table)
-    model = photos.model
-    expected = outputs(model, photos.evaluation)
-
-    def scored(logits):
-        correct = (logits.argmax(dim=1) == photos.labels).tolist()
-        return {"top1": sum(correct) / len(correct), "correct": to_hexadecimal(correct)}
-
-    def measure(choices):
-        duration = seconds(lambda: prune(model, photos.calibration, **choices, progress=False))
-        logits = outputs(model, photos.evaluation)
-        differs = mean_divergence(logits, expected)
-        return {**scored(logits), "divergence": differs, "seconds": duration}
-
-    runs(replace(photos.planned, calibration=None), lambda: scored(expected))
-    prune_cells(model, cells, planned, runs, measure)
+    measure_classifier(photos.model, photos.data, photos.planned, cells, runs, **case)
 
 
-def main(options: Options = Options()) -> None:
+def main(options: Options = Options()):
     """Measure the missing cells."""
     if options.images:
         measure_images(options)

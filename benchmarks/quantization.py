@@ -22,8 +22,6 @@ from torch import nn
 from wanda_lightning import prune
 from wanda_lightning.models import find_layers
 
-"""Quantizes and dequantizes a matrix (d_out, d_in)."""
-
 GROUP = 32
 
 
@@ -102,29 +100,25 @@ for name in ("Q8_0", "Q5_0", "Q5_1", "Q4_0", "Q4_1"):
 
 
 @torch.no_grad()
-def quantize(pruned, scheme):
-    """Return a quantized copy, the share of zeros that it kept, and the share of other weights that became zero."""
+def measure(pruned, scheme, batches):
+    """Return what quantization does to zeros and perplexity."""
     model = copy.deepcopy(pruned)
     before = []
     after = []
     for layer in find_layers(model).layers:
         weight = layer.read().float()
         quantized = scheme(weight).float()
-        before.append((weight == 0).flatten())
-        after.append((quantized == 0).flatten())
+        before.append(weight.flatten())
+        after.append(quantized.flatten())
         layer.write(quantized)
 
-    was_zero = torch.cat(before)
-    is_zero = torch.cat(after)
-    kept = int(is_zero[was_zero].sum()) / int(was_zero.sum())
-    new = int(is_zero[~was_zero].sum()) / int((~was_zero).sum())
-    return model, kept, new
-
-
-def measure(pruned, scheme, batches):
-    """Return what quantization does to zeros and perplexity."""
-    quantized, kept, new = quantize(pruned, scheme)
-    return {"zeros_kept": kept, "new_zeros": new, "perplexity": perplexity(quantized, batches)}
+    was_zero = torch.cat(before) == 0
+    is_zero = (torch.cat(after) == 0).double()
+    return {
+        "zeros_kept": float(is_zero[was_zero].mean()),
+        "new_zeros": float(is_zero[~was_zero].mean()),
+        "perplexity": perplexity(model, batches),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,10 +128,10 @@ class Options(Text):
     nsamples: int = 8
     seqlen: int = 256
     limit: int = 32
-    save: str | None = None
+    save: str = ""
 
 
-def main(options: Options) -> None:
+def main(options: Options):
     """Prune once, then quantize copies."""
     language = LanguageModel(options)
     runs = Runs(options.save, "quantization")

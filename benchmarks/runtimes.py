@@ -9,55 +9,49 @@ Speeds are ratios to dense float32 in the same program, whose models take turns.
 """
 
 import copy
-import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import llama_cpp
-import nncf
 import numpy as np
-import onnx
-import openvino
-import pandas as pd
-import torch
 import worth
-from exporting import to_gguf, to_onnx
-from measuring import MIB, LanguageModel, Photos, run_from_shell, seconds
-from onnxruntime.quantization import (
-    QuantType,
-    matmul_nbits_quantizer,
-    quantize_dynamic,
-    quantize_static,
-)
-from programs import open_gguf, open_onnx, open_openvino
+from exporting import write
+from measuring import MIB, LanguageModel, Photos, run_from_shell, speeds
+from programs import THREADS, open_gguf, open_onnx, open_openvino
 from result import Result, Runs
-from torch import Tensor, nn
-from worth import NEW, PROMPT, Measured, Rows, narrower, rows_of_units
+from torch import from_numpy, nn
+from worth import narrower, rows_of_units
 
 from wanda_lightning import Fisher
 from wanda_lightning.modules import WindowPerplexity
 
 FILES = Path("out/runtimes")
-# Outputs and the cache for images, or for tokens, their cache, and the positions with logits.
-Run = Callable[..., Any]
 
 
 def convert_gguf(numbers, dense, file, _):
     """Write a .gguf file; llama.cpp takes other blocks for rows that do not fit those of `numbers`."""
+    import llama_cpp
+
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{numbers}")
-    assert not llama_cpp.llama_model_quantize(
-        str(dense).encode(), str(file).encode(), ctypes.byref(parameters)
+    names = (str(dense).encode(), str(file).encode())
+    assert not llama_cpp.llama_model_quantize(*names, parameters)
+
+
+def convert_onnx(numbers, dense, file, samples):
+    """Write an .onnx file in int8."""
+    import onnx
+    from onnxruntime.quantization import (
+        QuantType,
+        matmul_nbits_quantizer,
+        quantize_dynamic,
+        quantize_static,
     )
 
-
-def convert_onnx(numbers, dense, file, images):
-    """Write an .onnx file in int8."""
     model = onnx.load(dense)
     graph = model.graph
     weights = {weight.name: onnx.numpy_helper.to_array(weight) for weight in graph.initializer}
@@ -74,29 +68,30 @@ def convert_onnx(numbers, dense, file, images):
         )
         writer.process()
         writer.model.save_model_to_file(str(file), use_external_data_format=True)
-    elif numbers == "int8, dynamic":
-        quantize_dynamic(
-            model,
-            file,
-            per_channel=True,
-            weight_type=QuantType.QUInt8,
-            use_external_data_format=True,
-        )
-    else:
+    elif numbers == "int8, static":
         # Signed weights have 7 bits: without VNNI, sums of larger products saturate.
-        data = ({graph.input[0].name: pixels.numpy()} for pixels in images)
+        names = [entry.name for entry in graph.input]
+        data = (dict(zip(names, sample, strict=True)) for sample in samples)
         reader = SimpleNamespace(get_next=partial(next, data, None))
         quantize_static(model, file, reader, per_channel=True, reduce_range=True)
+    else:
+        kind = QuantType.QUInt8 if numbers == "int8, dynamic" else QuantType.QInt8
+        quantize_dynamic(
+            model, file, per_channel=True, weight_type=kind, use_external_data_format=True
+        )
 
 
-def convert_openvino(numbers, dense, file, images):
+def convert_openvino(numbers, dense, file, samples):
     """Write an .xml file, and a .bin file with its weights."""
+    import nncf
+    import openvino
+
     model = openvino.Core().read_model(dense)
-    if numbers == "int8, static":
-        data = nncf.Dataset([image.numpy() for image in torch.cat([*images]).split(1)])
-        model = nncf.quantize(model, data)
-    elif numbers == "int8, weights only":
+    if numbers == "int8, weights only":
         model = nncf.compress_weights(model, mode=nncf.CompressWeightsMode.INT8_ASYM)
+    elif numbers != "float32":
+        kind = nncf.ModelType.TRANSFORMER if numbers == "int8" else None
+        model = nncf.quantize(model, nncf.Dataset(samples), model_type=kind)
     openvino.save_model(model, file, compress_to_fp16=False)
 
 
@@ -108,15 +103,27 @@ PROGRAMS = {
 
 
 class Kind(NamedTuple):
-    """What differs between language models and classifiers; `clock` takes the batch size."""
+    """What differs between language models, classifiers and sentence encoders.
+
+    Attributes:
+        dense: The model.
+        planned: The run of the dense model.
+        units: Rows with fewer hidden units: each a run, and what changes a copy of the model.
+        numbers: Kinds of numbers for each program, the first of which is float32.
+        quality: Measures an open file: returns numbers by their names.
+        timed: What `clock` times.
+        clock: Returns the seconds of each, for a batch size and an open file.
+        samples: Lists of inputs for static quantization.
+    """
 
     dense: nn.Module
     planned: Result
-    units: Rows
-    numbers: Mapping[str, Sequence[str]]
-    quality: Callable[[Run], Measured]
-    clock: Callable[[int, Run], Measured]
-    images: Sequence[Tensor] = ()
+    units: list
+    numbers: dict
+    quality: Callable
+    timed: Sequence
+    clock: Callable
+    samples: Sequence = ()
 
 
 def text(options):
@@ -132,28 +139,16 @@ def text(options):
         metric = WindowPerplexity()
         for window in language.data.evaluation_windows.split(1):
             logits, _ = run(window.numpy(), None, np.arange(window.shape[1]))
-            metric.update(torch.tensor(logits), window)
+            metric.update(from_numpy(logits), window)
         return {"perplexity": float(metric.compute())}
 
-    def clock(size, run):
-        vocabulary = language.model.config.vocab_size
-        ids = np.random.default_rng(0).integers(vocabulary, size=(size, PROMPT))
-        cache = None
-
-        def add(ids):
-            nonlocal cache
-            _, cache = run(ids, cache, np.array([ids.shape[1] - 1]))
-
-        prefill = seconds(lambda: add(ids))
-        decode = sum(seconds(lambda: add(ids[:, :1])) for _ in range(NEW))
-        return {f"prefill_{size}": prefill, f"decode_{size}": decode}
-
+    clock = partial(worth.time_text, language.model.config.vocab_size)
     numbers = {
         "onnxruntime": ("float32", "int8, dynamic", "int8, weights only"),
         "openvino": ("float32", "int8, weights only"),
         "llama.cpp": ("float32", "F16", "Q8_0", "Q4_K_M"),
     }
-    return Kind(language.model, base, units, numbers, quality, clock)
+    return Kind(language.model, base, units, numbers, quality, ("prefill", "decode"), clock)
 
 
 def photos(options):
@@ -161,25 +156,22 @@ def photos(options):
     images = Photos(options.images, options.data, options.nsamples or 128)
     narrow = partial(narrower, images.calibration, allocation=Fisher(cost="seconds"))
     units = rows_of_units(images.planned, "structured, fisher seconds", narrow, ["25", "35"])
+    samples = [[image.numpy()] for batch in images.calibration for image in batch.split(1)]
 
     def quality(run):
         predicted = [run(pixels.numpy())[0].argmax(axis=1) for pixels, _ in images.evaluation]
         correct = np.concatenate(predicted) == images.labels.numpy()
         return {"top1": float(correct.mean())}
 
-    def clock(size, run):
-        shape = (size, *images.calibration[0].shape[1:])
-        pixels = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-        return {f"images_{size}": seconds(lambda: run(pixels))}
-
+    clock = partial(worth.time_images, images.calibration[0].shape[1:])
     numbers = {
         "onnxruntime": ("float32", "int8, dynamic", "int8, static"),
         "openvino": ("float32", "int8, static"),
     }
-    return Kind(images.model, images.planned, units, numbers, quality, clock, images.calibration)
+    return Kind(images.model, images.planned, units, numbers, quality, ["images"], clock, samples)
 
 
-def file_of(planned, change, kind, options):
+def file_of(planned, change, kind, template):
     """Return the file that a program reads, after writing it if there is none."""
     program, numbers = planned.case.values()
     ending, convert, _ = PROGRAMS[program]
@@ -188,54 +180,45 @@ def file_of(planned, change, kind, options):
         return file
 
     # OpenVINO reads the .onnx file.
-    first = {
-        "program": "llama.cpp" if program == "llama.cpp" else "onnxruntime",
-        "numbers": "float32",
-    }
-    if planned.case != first:
-        source = file_of(replace(planned, case=first), change, kind, options)
-        convert(numbers, source, file, kind.images)
-        return file
-    model = change(copy.deepcopy(kind.dense)).eval()
-    if ending == ".onnx":
-        to_onnx(model, file)
+    source = "onnxruntime" if program == "openvino" else program
+    first = replace(planned, case={"program": source, "numbers": "float32"})
+    if planned == first:
+        write(change(copy.deepcopy(kind.dense)).eval(), file, template)
     else:
-        to_gguf(Path(options.model), model, file)
+        convert(numbers, file_of(first, change, kind, template), file, kind.samples)
     return file
 
 
-def measure(program, kind, options):
-    """Measure all models in one program; the first is the dense one in float32."""
-    models = [(kind.planned, lambda model: model), *kind.units]
-    planned = []
-    files = []
-    for (model, change), numbers in product(models, kind.numbers[program]):
-        row = replace(model, case={"program": program, "numbers": numbers})
-        planned.append(row)
-        files.append(file_of(row, change, kind, options))
-    _, _, load = PROGRAMS[program]
-    loaded = [load(file) for file in files]
-
-    # The models take turns, so that another program on the machine slows all of them.
-    times = [[] for _ in loaded]
-    for size, rounds in ((1, 5 * options.runs), (32, options.runs)):
-        for _, (own, run) in product(range(rounds), zip(times, loaded, strict=True)):
-            own.append(kind.clock(size, run))
-    medians = [pd.DataFrame(own).median() for own in times]
-
-    runs = Runs(options.save, "runtimes")
-    for row, file, run, median in zip(planned, files, loaded, medians, strict=True):
-        size = sum(part.stat().st_size for part in FILES.glob(f"{file.stem}.*")) / MIB
-        speeds = medians[0] / median
-        runs.save(row, {**kind.quality(run), "weights_mib": size, **speeds})
-
-
-def main(options: worth.Options = worth.Options()) -> None:
-    """Measure the rows in each program."""
-    kind = photos(options) if options.images else text(options)
+def measure(kind, options, table="runtimes", threads=THREADS):
+    """Measure all models in each program."""
     FILES.mkdir(parents=True, exist_ok=True)
     for program in kind.numbers:
-        measure(program, kind, options)
+        measure_program(program, kind, options, table, threads)
+
+
+def measure_program(program, kind, options, table, threads):
+    """Measure all models in one program; the first is the dense one in float32."""
+    rows = []
+    files = []
+    models = [(kind.planned, lambda model: model), *kind.units]
+    for (planned, change), numbers in product(models, kind.numbers[program]):
+        row = replace(planned, case={"program": program, "numbers": numbers})
+        rows.append(row)
+        files.append(file_of(row, change, kind, options.model))
+    _, _, load = PROGRAMS[program]
+    loaded = [load(file, threads) for file in files]
+
+    rounds = {1: 5 * options.runs, 32: options.runs}
+    ratios = speeds(kind.clock, kind.timed, loaded, rounds)
+    runs = Runs(options.save, table)
+    for row, file, run, speed in zip(rows, files, loaded, ratios, strict=True):
+        size = sum(part.stat().st_size for part in FILES.glob(f"{file.stem}.*")) / MIB
+        runs.save(row, {**kind.quality(run), "weights_mib": size, **speed})
+
+
+def main(options: worth.Options = worth.Options()):
+    """Measure the rows in each program."""
+    measure(photos(options) if options.images else text(options), options)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def run(method, model, batches):
     return time.process_time() - started
 
 
-def main(*, save: str | None = None) -> None:
+def main(*, save: str = ""):
     """Measure each size with each method."""
     runs = Runs(save, "scaling")
     for size, values in SIZES.items():

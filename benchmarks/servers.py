@@ -17,9 +17,6 @@ from typing import NamedTuple
 import numpy as np
 from programs import THREADS, open_gguf, open_onnx, open_openvino
 
-# Returns the tokens that follow each prompt, given prompts of one length and a number of tokens.
-Continue = Callable[[list[list[int]], int], list[list[int]]]
-
 
 def open_transformers(folder):
     """Load a folder with transformers."""
@@ -118,13 +115,14 @@ class Server(NamedTuple):
     """A program that serves models.
 
     Attributes:
-        load: Opens a folder or file.
+        load: Opens a folder or file, and returns a function of prompts of one length and a number of tokens, which
+            returns the tokens that follow each prompt.
         install: What pip installs; nothing for packages of the environment of `serving.py`.
         ending: Of the file that it reads; none for a folder as transformers writes it.
         is_timed: Whether its speed is measured.
     """
 
-    load: Callable[[str], Continue]
+    load: Callable
     install: str
     ending: str = ""
     is_timed: bool = True

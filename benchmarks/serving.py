@@ -21,12 +21,10 @@ from dataclasses import replace
 from itertools import zip_longest
 from multiprocessing import Pipe
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import worth
-from exporting import to_gguf, to_onnx
-from measuring import random_model, random_windows, run_from_shell
+from exporting import write
+from measuring import random_model, random_windows, run_from_shell, speeds
 from result import Result, Runs
 from servers import SERVERS
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
@@ -53,15 +51,8 @@ REQUESTS = (1, 16)  # at a time, each with a prompt of LENGTH tokens and as many
 LENGTH = 128
 
 
-class Model(NamedTuple):
-    """A saved model."""
-
-    planned: Result
-    folder: Path
-
-
 def saved_models(options, tokenizer):
-    """Return the models, after saving those that have no folder yet."""
+    """Return runs with the folders of their models, after saving those that have no folder yet."""
     comparison, rows = worth.text(options)
     chosen = [row for row in rows if (row[0].method, row[0].goal) in ROWS]
 
@@ -87,7 +78,7 @@ def saved_models(options, tokenizer):
             if not folder.exists():
                 model = change(copy.deepcopy(dense))
                 CausalLMModule(model, tokenizer).save_pretrained(folder)
-            models.append(Model(planned, folder))
+            models.append((planned, folder))
     return models
 
 
@@ -106,10 +97,7 @@ def path_for(server, folder, template):
         model = AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=True, experts_implementation="batched_mm"
         ).eval()
-        if server.ending == ".onnx":
-            to_onnx(model, path)
-        else:
-            to_gguf(template, model, path)
+        write(model, path, template)
     return path
 
 
@@ -189,13 +177,13 @@ def measure(name, models, expected, prompts, options):
     results = []
     timed = []
     with ExitStack() as stack:
-        for model, tokens in zip(models, expected, strict=True):
-            planned = replace(model.planned, case={"server": name}, versions=versions)
+        for (model, folder), tokens in zip(models, expected, strict=True):
+            planned = replace(model, case={"server": name}, versions=versions)
             # A mixture, whose weights are random, has no calibration data. `to_gguf` writes Llamas.
             if not planned.calibration and server.ending == ".gguf":
                 continue
             try:
-                path = path_for(server, model.folder, Path(options.model))
+                path = path_for(server, folder, options.model)
                 process = stack.enter_context(Process(name, path))
                 own = process.continuations(prompts)
             except Exception as error:
@@ -208,38 +196,29 @@ def measure(name, models, expected, prompts, options):
             if planned.calibration:
                 timed.append(process)
 
-        speeds = []
+        ratios = []
         if options.runs and server.is_timed:
-            speeds = relative_speeds(timed, options.runs)
-        for result, speed in zip_longest(results, speeds, fillvalue={}):  # mixtures come last
+            rounds = dict.fromkeys(REQUESTS, options.runs)
+            ratios = speeds(time_requests, ["requests"], timed, rounds)
+        for result, speed in zip_longest(results, ratios, fillvalue={}):  # mixtures come last
             runs.save(result, result.measured | speed)
 
 
-def relative_speeds(processes, runs):
-    """Return the speeds of each model, divided by those of the first one; the models take turns."""
-    speeds = [{} for _ in processes]
-    for size in REQUESTS:
-        (batch,) = random_windows(10000, size, LENGTH, size)
-        prompts = batch["input_ids"].tolist()
-        for process in processes:
-            process(prompts, 2)  # a warm-up
-        rounds = []
-        for _ in range(runs):
-            rounds.append([process(prompts, LENGTH)[1] for process in processes])
-        medians = np.median(rounds, axis=0)
-        for speed, seconds in zip(speeds, medians, strict=True):
-            speed[f"requests_{size}"] = float(medians[0] / seconds)
-    return speeds
+def time_requests(size, process):
+    """Return the seconds of some requests at a time, which get as many new tokens as their prompts have."""
+    (batch,) = random_windows(10000, size, LENGTH, size)
+    _, duration = process(batch["input_ids"].tolist(), LENGTH)
+    return [duration]
 
 
-def main(options: worth.Options = worth.Options(), servers: Sequence[str] = tuple(SERVERS)) -> None:
+def main(options: worth.Options = worth.Options(), servers: Sequence[str] = tuple(SERVERS)):
     """Measure the models in each server."""
     tokenizer = CausalLMModule(options.model).tokenizer
     models = saved_models(options, tokenizer)
     prompts = tokenizer(list(PROMPTS))["input_ids"]
     expected = []
-    for model in models:
-        with Process("transformers", model.folder) as process:
+    for _, folder in models:
+        with Process("transformers", folder) as process:
             expected.append(process.continuations(prompts))
     for name in servers:
         measure(name, models, expected, prompts, options)

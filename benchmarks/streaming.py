@@ -34,7 +34,7 @@ from transformers import LlamaForCausalLM
 
 from wanda_lightning import prune_from_disk
 
-OTHERS = ("pattern", "permutation", "recovery")  # choices besides the method
+CHOICES = ("sequential", "pattern", "permutation", "recovery")
 
 
 def build(folder, config):
@@ -71,17 +71,18 @@ def build(folder, config):
 class Options:
     """Options of this program."""
 
-    shape: Literal[tuple(SHAPES)]
-    layers: Sequence[int | None] = (None,)
-    """Numbers of layers, instead of that of the shape."""
+    shape: str
+    """One of `SHAPES`."""
+    layers: Sequence[int] = (0,)
+    """Numbers of layers; 0 is that of the shape."""
     samples: int = 4
     length: int = 256
     method: Sequence[str] = ("wanda",)
-    sequential: Literal["block", "layer"] = "block"
-    pattern: str | None = None
-    permutation: str | None = None
-    recovery: str | None = None
-    save: str | None = None
+    sequential: str = "block"
+    pattern: str = ""
+    permutation: str = ""
+    recovery: str = ""
+    save: str = ""
 
 
 def stream(folder, output, samples, choices):
@@ -97,13 +98,10 @@ def stream(folder, output, samples, choices):
     }
 
 
-def main(command: Literal["memory"], folder: Path, /, *, options: Options) -> None:
+def main(command: Literal["memory"], folder: Path, /, *, options: Options):
     """Prune in a new process for each run; models are written to a folder unless they are there."""
-    choices = {"sequential": options.sequential}
-    for name in OTHERS:
-        value = getattr(options, name)
-        if value is not None:
-            choices[name] = value
+    values = {name: getattr(options, name) for name in CHOICES}
+    choices = {name: value for name, value in values.items() if value}
 
     for layers in options.layers:
         source = folder / f"{options.shape}-{layers or 'all'}"

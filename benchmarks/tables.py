@@ -17,6 +17,7 @@ from scipy.stats import sem
 from servers import SERVERS
 
 ROOT = Path(__file__).parents[1]
+REFERENCE = "locuslab/wanda"
 LABELS = {
     "dense": "dense",
     "bfloat16": "bfloat16",
@@ -83,6 +84,7 @@ LABELS = {
     "hybrid PPM, distilled": "units, by OptiPFair with data, then distilled",
     "structured, int8": "units, then int8",
     "structured, distilled": "units, by the loss, then distilled",
+    "structured, trained": "units, then trained",
     "structured, longer": "units, by the loss, then trained by `recipes/llm/smaller_longer.py`",
 }
 """How a method is written. Tables list methods in this order."""
@@ -100,19 +102,13 @@ def markdown(headings, rows, align="---:"):
 
 
 def grid(heading, cells, columns=None):
-    """Return a table of cells, each with its row and column, in the order of their first appearance.
-
-    Raises:
-        ValueError: Two different cells have the same place.
-    """
+    """Return a table of cells, each with its row and column, in the order of their first appearance."""
     table = {}
     seen = {}
     for row, column, cell in cells:
         seen[column] = None
-        if table.setdefault(row, {}).setdefault(column, cell) != cell:
-            raise ValueError(
-                f"{row}, {column}: a table cannot show both {table[row][column]} and {cell}."
-            )
+        shown = table.setdefault(row, {}).setdefault(column, cell)
+        assert shown == cell, f"{row}, {column}: a table cannot show both {shown} and {cell}."
 
     headings = list(columns or seen)
     rows = [[row, *(own.get(column, "") for column in headings)] for row, own in table.items()]
@@ -132,17 +128,10 @@ def by_goals(heading, results, cell, row=label):
 
 
 def lookup(results):
-    """Return results by method and goal.
-
-    Raises:
-        ValueError: Two of them have the same method and goal.
-    """
-    table = {}
-    for result in results:
-        key = (result.method, result.goal)
-        if key in table:
-            raise ValueError(f"A table must have one run in each cell, but has two of {key}.")
-        table[key] = result
+    """Return results by method and goal, of which no two have the same."""
+    listed = list(results)
+    table = {(result.method, result.goal): result for result in listed}
+    assert len(table) == len(listed), listed
     return table
 
 
@@ -183,14 +172,14 @@ def percent(result, quantity, digits=2):
 
 def seconds(result):
     """Return measured seconds, with one decimal below ten."""
-    is_long = result is not None and result.measured.get("seconds", 0) >= 10
-    return number(result, "seconds", ".0f" if is_long else ".1f")
+    whole = number(result, "seconds", ".0f")
+    return whole if len(whole) > 1 else number(result, "seconds", ".1f")
 
 
 def perplexity(result):
     """Return perplexity with four digits."""
-    is_large = result is not None and _perplexity(result) >= 1000
-    return number(result, "perplexity", ".0f" if is_large else "#.4g")
+    whole = number(result, "perplexity", ".0f")
+    return whole if len(whole) > 3 else number(result, "perplexity", "#.4g")
 
 
 def _perplexity(result):
@@ -234,9 +223,9 @@ def source_of_data(results):
     sentences = []
     for name, usual in USUAL.items():
         used = [getattr(result, name) for result in results]
-        described = _distinct(samples(data) for data in used if data)
-        if described not in ([], [usual]):
-            sentences.append(f"{name.capitalize()}: {'; '.join(described)}.")
+        described = "; ".join(_distinct(samples(data) for data in used if data))
+        if described not in ("", usual):
+            sentences.append(f"{name.capitalize()}: {described}.")
     return f"\n\n{' '.join(sentences)}" if sentences else ""
 
 
@@ -301,18 +290,20 @@ def demo():
 def reference():
     """Our perplexity beside that of other implementations."""
     results = in_order(read_table("reference"))
-    usual = lookup(read_table("methods"))
-    ours = [run for run in results if run.code == OURS]
-    paper = [run for run in results if run.code == "locuslab/wanda"]
-    alps = [run for run in results if run.code == "ALPS"]
+    by_code = {}
+    for run in results:
+        by_code.setdefault(run.code, []).append(run)
+    ours = by_code[OURS]
+    paper = by_code[REFERENCE]
+    alps = by_code["ALPS"]
 
-    same_setting = lookup(ours)
+    usual = lookup(read_table("methods"))
+    same_setting = usual | lookup(ours)
     rows = []
     for theirs in paper:
-        key = (theirs.method, theirs.goal)
-        own = same_setting.get(key) or usual[key]
+        own = same_setting[theirs.method, theirs.goal]
         goal = theirs.goal.replace("dense", "")
-        rows.append([LABELS[theirs.method], goal, perplexity(own), perplexity(theirs)])
+        rows.append([label(theirs), goal, perplexity(own), perplexity(theirs)])
     first = markdown(("method", "sparsity", "ours", "reference code"), rows)
 
     # Without seconds: those of ALPS are of a machine whose state was not recorded.
@@ -398,16 +389,18 @@ def scaling():
     for size in ("windows", "blocks", "width"):
         runs = [run for run in results if run.case["by"] == size]
         sizes = sorted({run.case["value"] for run in runs})
+        headings = [*map(str, sizes), "exponent"]
         for quantity, name, form in (
             ("processor_seconds", "seconds", ".2f"),
             ("peak_mib", "MiB", ".0f"),
         ):
             rows = []
             for method in SCALED:
-                costs = [run.measured[quantity] for run in runs if run.method == method]
-                cells = [f"{cost:{form}}" for cost in costs]
-                rows.append([LABELS.get(method, method), *cells, exponent(sizes, costs)])
-            parts.append(markdown((f"{name} by {size}", *map(str, sizes), "exponent"), rows))
+                measured = [run for run in runs if run.method == method]
+                cells = [number(run, quantity, form) for run in measured]
+                growth = exponent(sizes, [run.measured[quantity] for run in measured])
+                rows.append([label(measured[0]), *cells, growth])
+            parts.append(markdown([f"{name} by {size}", *headings], rows))
     return "\n\n".join(parts) + source_of_notes(results)
 
 
@@ -483,19 +476,13 @@ def streaming():
     """Memory of pruning from disk."""
     results = read_table("streaming_memory")
     results.sort(key=lambda run: (run.model, run.method, run.case["layers"], run.name))
+    quantities = {"peak_rss_mib": ".0f", "read_gb": ".2f", "written_gb": ".2f"}
     rows = []
     for run in results:
         choices = [f"{name} {value}" for name, value in run.case.items() if name != "layers"]
-        rows.append(
-            [
-                run.model,
-                ", ".join([label_and_goal(run), *choices]),
-                str(run.case["layers"]),
-                number(run, "peak_rss_mib", ".0f"),
-                number(run, "read_gb", ".2f"),
-                number(run, "written_gb", ".2f"),
-            ]
-        )
+        shown = ", ".join([label_and_goal(run), *choices])
+        cells = [number(run, *quantity) for quantity in quantities.items()]
+        rows.append([run.model, shown, str(run.case["layers"]), *cells])
     headings = ("model", "choices", "layers", "peak, MiB", "GB read", "GB written")
     return markdown(headings, rows) + source(results)
 
@@ -584,7 +571,7 @@ def mean_and_range(values):
     """Return the mean, with the lowest and the highest value unless all look the same."""
     if not values:
         return ""
-    low, middle, high = (f"{value:#.4g}" for value in (min(values), mean(values), max(values)))
+    low, middle, high = (f"{each(values):#.4g}" for each in (min, mean, max))
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
@@ -614,22 +601,19 @@ def training():
     texts = {"web": "web text", "own": "text by the dense model"}
     usual = []
     by_text = []
-    names = []
     for run in results:
         row = label(run)
         if "windows" in run.case:
             row += f", {run.case['windows']} windows in {run.case['steps']} steps"
-        text = run.case.get("text")
-        if text in texts:
-            by_text.append((f"{row}, {run.goal}", texts[text], perplexity(run)))
+        text = texts.get(run.case.get("text"))
+        if text:
+            by_text.append((f"{row}, {run.goal}", text, perplexity(run)))
         else:
             usual.append((row, run.goal, with_seconds(run)))
-        if text == "both":
-            names.append(run.calibration.data)
 
-    goals = sorted({goal for _, goal, _ in usual}, key=by_goal)
-    first = grid("perplexity, seconds of training", usual, goals)
-    trained_on = f"Trained on windows of 512 tokens of {'; '.join(_distinct(names))}."
+    first = grid("perplexity, seconds of training", usual, goals_of(results))
+    (name,) = {run.calibration.data for run in results if run.case.get("text") == "both"}
+    trained_on = f"Trained on windows of 512 tokens of {name}."
     second = grid("perplexity by training text", by_text, list(texts.values()))
     return f"{first}\n\n{trained_on}\n\n{second}{source_of_notes(results)}"
 
@@ -641,6 +625,7 @@ def _column(heading, quantity, form):
 WORTH = {
     "perplexity": ("perplexity", perplexity),
     "top1": ("accuracy", partial(percent, quantity="top1", digits=1)),
+    "spearman": _column("score", "spearman", ".2f"),
     "weights_mib": _column("MiB", "weights_mib", ".1f"),
     "zstd_mib": _column("MiB after `zstd -3`", "zstd_mib", ".1f"),
     "prefill_1": _column("prefill, batch 1", "prefill_1", ".2f"),
@@ -649,6 +634,8 @@ WORTH = {
     "decode_32": _column("decode, batch 32", "decode_32", ".2f"),
     "images_1": _column("images, batch 1", "images_1", ".2f"),
     "images_32": _column("images, batch 32", "images_32", ".2f"),
+    "sentences_1": _column("one sentence", "sentences_1", ".2f"),
+    "sentences_32": _column("32 sentences", "sentences_32", ".2f"),
     "peak_mib": _column("activations, MiB", "peak_mib", ".0f"),
     "seconds": ("seconds to make", seconds),
 }
@@ -683,8 +670,19 @@ def worth_table(results, columns):
     rows = []
     for run in sorted(in_order(results), key=lambda run: run.pattern == "structured"):
         cells = [cell(run) for _, cell in shown]
-        rows.append([_worth_name(run), _fewer_parameters(run, results), *cells])
+        name = _worth_name(run)
+        if "spearman" in measured and not any(_beats(other, run) for other in results):
+            name = f"**{name}**"
+        rows.append([name, _fewer_parameters(run, results), *cells])
     return markdown(("", "fewer parameters", *(heading for heading, _ in shown)), rows)
+
+
+def _beats(other, result):
+    """Whether another file of a sentence encoder has a better score and is as fast, with 3 % for noise."""
+    theirs = other.measured
+    ours = result.measured
+    is_better = theirs["spearman"] > ours["spearman"]
+    return is_better and theirs["sentences_32"] > 0.97 * ours["sentences_32"]
 
 
 def _fewer_parameters(result, results):
@@ -699,9 +697,9 @@ def _fewer_parameters(result, results):
     return f"{1 - left:.0%}".replace("%", " %")
 
 
-def runtimes():
+def runtimes(table="runtimes"):
     """Quality, size and speed of fewer bits and fewer units, in programs that run models on a CPU."""
-    runs = read_table("runtimes")
+    runs = read_table(table)
     runs.sort(key=lambda run: (run.model, run.case["program"], -run.measured["weights_mib"]))
     parts = []
     for name, group in groupby(runs, lambda run: f"`{run.model}` in {run.case['program']}"):

@@ -11,7 +11,6 @@ measured in float32.
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import lightning as L
 import torch
@@ -51,34 +50,36 @@ class Options:
     eval: Path
     windows: int = 256
     """Number of windows to train on."""
-    text: Literal[tuple(TEXTS)] = "both"
+    text: str = "both"
+    """One of `TEXTS`."""
     own: int = 256
     """Number of windows that the dense model writes."""
     own_file: Path = Path("own_windows.pt")
     """File that keeps the windows of the dense model."""
     accumulate: int = 2
     """Windows in an optimizer step."""
-    save: str | None = None
+    save: str = ""
+
+
+def windows_of(text, dense, limit=None):
+    """Return the adjacent windows of a text."""
+    data = TextDataModule(dense.tokenizer, evaluation=str(text), seqlen=SEQLEN, limit=limit)
+    return data.evaluation_windows
 
 
 def training_windows(options, dense):
     """Return the windows to train on, shuffled."""
-    parts = []
-    if options.text != "own":
-        web = TextDataModule(dense.tokenizer, evaluation=str(options.train), seqlen=SEQLEN)
-        parts.append(web.evaluation_windows)
+    windows = windows_of(options.train, dense)
     if options.text != "web":
         if not options.own_file.exists():
             own = sample_windows(dense.model, dense.tokenizer, options.own, SEQLEN, seed=100)
             torch.save(own, options.own_file)
         own = torch.load(options.own_file)
-        if len(own) != options.own:
-            raise ValueError(
-                f"--own_file {options.own_file} has {len(own)} windows. Ask for as many with --own, or name a new file."
-            )
-        parts.append(own)
+        assert len(own) == options.own, (
+            "--own_file has another number of windows than --own asks for."
+        )
+        windows = own if options.text == "own" else torch.cat([windows, own])
 
-    windows = torch.cat(parts)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
     repeated = order.repeat(-(-options.windows // len(order)))[: options.windows]
     return windows[repeated]
@@ -118,12 +119,11 @@ def train(options, dense, windows):
     return module.model, numbers
 
 
-def main(options: Options) -> None:
+def main(options: Options):
     """Train and measure the rows."""
     dense = CausalLMModule(options.dense, dtype="float32")
     windows = training_windows(options, dense)
-    text = TextDataModule(dense.tokenizer, evaluation=str(options.eval), seqlen=SEQLEN, limit=LIMIT)
-    evaluated = text.evaluation_windows
+    evaluated = windows_of(options.eval, dense, LIMIT)
     planned = Result(
         model=Path(options.dense).name,
         method="thorough",
@@ -139,8 +139,7 @@ def main(options: Options) -> None:
         return {**measured(model), **numbers}
 
     runs = Runs(options.save, "training")
-    start = runs(planned, lambda: measured(CausalLMModule(options.start, dtype="float32").model))
-    print(f"{options.goal}: {start.measured['perplexity']:.2f} at the start", flush=True)
+    runs(planned, lambda: measured(CausalLMModule(options.start, dtype="float32").model))
 
     arguments = {"lr": str(LR), "accumulate": str(options.accumulate)}
     if options.text != "web":

@@ -11,11 +11,11 @@ batches of 1 and 32.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import product
 
+import numpy as np
 import torch
 from measuring import (
     MIB,
@@ -24,14 +24,15 @@ from measuring import (
     Text,
     cost_of,
     in_batches,
-    medians,
     outputs,
     perplexity,
     run_from_shell,
     seconds,
+    speeds,
 )
-from result import Result, Runs, sparsity_of
+from result import Runs, sparsity_of
 from torch import nn
+from torch.utils.benchmark import timer
 from torch.utils.data import DataLoader
 
 from wanda_lightning import Distill, Fisher, prune, shrink
@@ -39,10 +40,6 @@ from wanda_lightning import Distill, Fisher, prune, shrink
 BATCHES = (1, 32)
 PROMPT = 128
 NEW = 4  # tokens
-Measured = dict[str, float]
-# Returns the changed model, given a copy of the dense one.
-Change = Callable[[nn.Module], nn.Module]
-Rows = list[tuple[Result, Change]]
 SCATTERED = (("best", "50"), ("thorough", "50"), ("best", "2:4"))
 BY_LOSS = Fisher(num_samples=8, num_predictions=4096)  # as in the presets
 WIDTHS = ("12.5", "25", "50")
@@ -62,7 +59,7 @@ class Options(Text):
     """Only these methods."""
     runs: int = 2
     """Rounds of each clock; 0 measures no speeds and no memory."""
-    save: str | None = None
+    save: str = ""
 
 
 def quantized(model, bits):
@@ -124,16 +121,12 @@ def size_of(model):
             names, _ = tensor.__tensor_flatten__()
             inner = [getattr(tensor, name) for name in names]
         for part in inner:
-            if part is not None:
-                parts[part.untyped_storage().data_ptr()] = part.detach()
+            if part is not None and part.numel():
+                data = part.detach().contiguous().flatten().view(torch.uint8).numpy()
+                parts[part.untyped_storage().data_ptr()] = data.tobytes()
 
-    size = 0
-    left = 0
-    for part in parts.values():
-        if part.numel():
-            data = part.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-            size += len(data)
-            left += len(ZstdCompressor(level=3).compress(data))
+    size = sum(map(len, parts.values()))
+    left = sum(len(ZstdCompressor(level=3).compress(data)) for data in parts.values())
     return {"weights_mib": size / MIB, "zstd_mib": left / MIB}
 
 
@@ -141,12 +134,20 @@ def size_of(model):
 class Comparison:
     """Measures what each change does to one model, beside the dense one in float32.
 
-    `clocks` run something on a model, and return how many seconds it took; memory is that of the last one.
+    Attributes:
+        dense: The model.
+        quality: Returns numbers by their names.
+        timed: What `clock` times.
+        clock: Returns the seconds of each, for a batch size and what runs a model.
+        run: Returns what runs a model, as benchmarks/programs.py does for a file.
+        rounds: Rounds of the clock. Memory is that of one with the largest batch.
     """
 
     dense: nn.Module
-    clocks: Mapping[str, Callable[[nn.Module], float]]
-    quality: Callable[[nn.Module], Measured]
+    quality: Callable
+    timed: Sequence
+    clock: Callable
+    run: Callable
     rounds: int
 
     def __call__(self, change):
@@ -157,54 +158,47 @@ class Comparison:
             measured = {"seconds": made.seconds, **self.quality(model), **size_of(model)}
             if not self.rounds:
                 return measured
-            for name, clock in self.clocks.items():
-                step = partial(clock, model)
-                dense, changed = medians(partial(clock, self.dense), step, runs=self.rounds)
-                measured[name] = dense / changed
-                measured["peak_mib"] = cost_of(step).peak_mib
-        return measured
+            both = [self.run(self.dense), self.run(model)]
+            rounds = dict.fromkeys(BATCHES, self.rounds)
+            _, ratios = speeds(self.clock, self.timed, both, rounds)
+            peak = cost_of(partial(self.clock, max(BATCHES), both[1])).peak_mib
+        return {**measured, **ratios, "peak_mib": peak}
 
 
-def text_clocks(vocabulary):
-    """Return what is timed for a language model."""
-    filled = {}
-
-    def fill(size, model):
-        ids = torch.randint(vocabulary, (size, PROMPT), generator=torch.Generator().manual_seed(0))
-        return model(input_ids=ids, use_cache=True, logits_to_keep=1).cache
-
-    def prefill(size, model):
-        return seconds(lambda: fill(size, model))
-
-    def decode(size, model):
-        # Keys and values have the same shapes in all models.
-        key = (size, model.dtype)
-        if key not in filled:
-            filled[key] = fill(size, model)
-        cache = copy.deepcopy(filled[key])
-        token = torch.ones(size, 1, dtype=torch.long)
-
-        def generate():
-            for _ in range(NEW):
-                model(input_ids=token, cache=cache)
-
-        return seconds(generate)
-
-    clocks = {}
-    for clock, size in product((prefill, decode), BATCHES):
-        clocks[f"{clock.__name__}_{size}"] = partial(clock, size)
-    return clocks
+def time_text(vocabulary, size, run):
+    """Return the seconds of a prompt and of the tokens after it."""
+    ids = np.random.default_rng(0).integers(vocabulary, size=(size, PROMPT))
+    cache = None
+    times = []
+    for tokens in (ids, *[ids[:, :1]] * NEW):
+        started = timer()
+        _, cache = run(tokens, cache, np.array([tokens.shape[1] - 1]))
+        times.append(timer() - started)
+    return times[0], sum(times[1:])
 
 
-def image_clocks(shape):
-    """Return what is timed for an image classifier."""
+def time_images(shape, size, run):
+    """Return the seconds of images."""
+    pixels = np.random.default_rng(0).normal(size=(size, *shape)).astype(np.float32)
+    return [seconds(lambda: run(pixels))]
 
-    def run(size, model):
-        images = torch.randn(size, *shape, generator=torch.Generator().manual_seed(0))
-        images = images.to(next(model.parameters()).dtype)
-        return seconds(lambda: model(images))
 
-    return {f"images_{size}": partial(run, size) for size in BATCHES}
+def run_text(model):
+    """Return what runs a language model."""
+
+    def run(ids, cache, _):
+        output = model(
+            input_ids=torch.from_numpy(ids), cache=cache, use_cache=True, logits_to_keep=1
+        )
+        return output.logits, output.cache
+
+    return run
+
+
+def run_images(model):
+    """Return what runs a classifier."""
+    dtype = next(model.parameters()).dtype
+    return lambda pixels: model(torch.from_numpy(pixels).to(dtype))
 
 
 def narrower(batches, goal, model, bits=0, **choices):
@@ -215,7 +209,7 @@ def narrower(batches, goal, model, bits=0, **choices):
 
 
 def rows_of_units(base, method, change, widths):
-    """Return a row for each percentage of hidden units that are taken out."""
+    """Return a row for each percentage of hidden units that are taken out: the run, and the change of a dense copy."""
     rows = []
     for goal in widths:
         row = replace(base, method=method, sparsity=float(goal) / 100, pattern="structured")
@@ -252,34 +246,34 @@ def text(options):
     language = LanguageModel(replace(options, nsamples=options.nsamples or 16), more=DISTIL)
     base = language.planned
     batches = language.calibration
-    rows = common_rows(base, batches)
-
-    def add(planned, method, change):
-        rows.extend(rows_of_units(planned, method, change, WIDTHS[:2]))
-
-    by_seconds = replace(BY_LOSS, cost="seconds")
-    add(base, "structured, fisher seconds", partial(narrower, batches, allocation=by_seconds))
-    peer = partial(by_peer, batches[0])
-    add(replace(base, code="Torch-Pruning"), "GroupMagnitude", peer)
+    peer = replace(base, code="Torch-Pruning")
     other = replace(base, code="OptiPFair")
-    add(other, "PPM", partial(by_optipfair, None, []))
-    add(other, "hybrid PPM", partial(by_optipfair, batches, []))
+    narrow = partial(narrower, batches, allocation=replace(BY_LOSS, cost="seconds"))
 
     # With more windows, and trained after the units have left.
     many = in_batches(language.data.train_windows, 4)
     single = in_batches(language.data.train_windows, 1)
-    windows = replace(base.calibration, windows=DISTIL)
-    trained = partial(by_optipfair, many, single)
-    add(replace(other, calibration=windows), "hybrid PPM, distilled", trained)
+    windows = {"calibration": replace(base.calibration, windows=DISTIL)}
     recovery = Distill(passes=2, learning_rate=1e-3)
     distilled = partial(narrower, many, allocation=BY_LOSS, recovery=recovery)
-    add(replace(base, calibration=windows), "structured, distilled", distilled)
+
+    rows = common_rows(base, batches)
+    for planned, method, change in (
+        (base, "structured, fisher seconds", narrow),
+        (peer, "GroupMagnitude", partial(by_peer, batches[0])),
+        (other, "PPM", partial(by_optipfair, None, [])),
+        (other, "hybrid PPM", partial(by_optipfair, batches, [])),
+        (replace(other, **windows), "hybrid PPM, distilled", partial(by_optipfair, many, single)),
+        (replace(base, **windows), "structured, distilled", distilled),
+    ):
+        rows += rows_of_units(planned, method, change, WIDTHS[:2])
 
     def quality(model):
         return {"perplexity": perplexity(model, language.evaluation)}
 
-    clocks = text_clocks(language.model.config.get_text_config().vocab_size)
-    return Comparison(language.model, clocks, quality, options.runs), rows
+    clock = partial(time_text, language.model.config.vocab_size)
+    timed = ("prefill", "decode")
+    return Comparison(language.model, quality, timed, clock, run_text, options.runs), rows
 
 
 def photos(options):
@@ -294,11 +288,11 @@ def photos(options):
     for cost, widths in {"parameters": ["25"], "macs": ["25"], "seconds": ["25", "35"]}.items():
         priced = partial(narrower, images.calibration, allocation=Fisher(cost=cost))
         rows += rows_of_units(images.planned, f"structured, fisher {cost}", priced, widths)
-    clocks = image_clocks(tuple(images.calibration[0].shape[1:]))
-    return Comparison(images.model, clocks, quality, options.runs), rows
+    clock = partial(time_images, images.calibration[0].shape[1:])
+    return Comparison(images.model, quality, ["images"], clock, run_images, options.runs), rows
 
 
-def main(options: Options = Options()) -> None:
+def main(options: Options = Options()):
     """Measure the rows."""
     comparison, rows = photos(options) if options.images else text(options)
     runs = Runs(options.save, "worth")

@@ -38,13 +38,10 @@ def accuracies(metrics):
     return measured
 
 
-def main(options: Options) -> None:
+def main(options: Options):
     """Measure the missing cells."""
     names = [name for name in PAPER_TASKS if (options.tasks_dir / f"{name}.jsonl").is_file()]
-    if not names:
-        raise ValueError(
-            f"--tasks_dir must have a file TASK.jsonl, but {options.tasks_dir} has none."
-        )
+    assert names, "--tasks_dir must have a file TASK.jsonl."
     tasks = load_tasks(names, options.tasks_dir)
     runs = Runs(options.save, "tasks")
     cells = cells_of(options, TEXT, ())

@@ -18,7 +18,7 @@ import figures  # noqa: E402
 import pages  # noqa: E402
 import quality  # noqa: E402
 import tables  # noqa: E402
-from result import FOLDER, OURS, Result, read_table  # noqa: E402
+from result import FOLDER, OURS, QUANTITIES, Result, read_table  # noqa: E402
 
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 VERSIONS = re.findall(
@@ -45,6 +45,14 @@ def test_every_file_has_the_name_and_the_numbers_of_its_run(table):
     assert sorted([f"{run.name}.json" for run in read_table(table) if run.measured]) == sorted(
         file.name for file in (FOLDER / table).iterdir()
     )
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_run_has_a_sparsity_a_pattern_and_numbers_that_are_described(table):
+    for run in read_table(table):
+        assert run.measured.keys() <= QUANTITIES.keys(), run.name
+        assert 0 <= run.sparsity < 1, run.name
+        assert re.fullmatch(r"(un)?structured|experts|\d+:\d+", run.pattern), run.name
 
 
 @pytest.mark.parametrize("table", ["methods", "tasks", "own_text"])

@@ -1,0 +1,90 @@
+"""Compare fewer hidden units, fewer bits, and both for a sentence encoder in ONNX Runtime and OpenVINO, in one thread.
+
+    pip install onnx onnxscript onnxruntime openvino nncf
+    python benchmarks/embedding.py --model .cache/all-MiniLM-L6-v2 --calibration c4_sample.txt --eval stsb \
+        --runs 20 --save benchmarks/results
+
+Scores are those of the files themselves: the Spearman correlation with the scores of the pairs, times 100. Speeds are
+ratios to dense float32 in the same program, whose files take turns: medians of `--runs` rounds with 32 sentences of 64
+tokens, and of five times as many with one sentence of 32 tokens. int8 is dynamic in ONNX Runtime (signed weights, each
+column with its own scale), and static in OpenVINO (`nncf.quantize` for transformers, with the calibration sentences).
+Files in out/runtimes are used again: after a change of `trained`, remove those with that word in their names.
+"""
+
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import worth
+from measuring import run_from_shell, seconds
+from result import Result, Samples
+from runtimes import Kind, measure
+from scipy.stats import spearmanr
+from worth import narrower, rows_of_units
+
+from wanda_lightning import Distill, EmbeddingModule, SentenceDataModule
+
+NUMBERS = ("float32", "int8")
+WIDTHS = ("50", "75")
+LENGTHS = {1: 32, 32: 64}  # tokens, by the number of sentences
+PACKAGES = ("onnxruntime", "openvino", "nncf")
+
+
+def trained(sentences, goal, model):
+    """Return the model without a percentage of its hidden units, trained to embed sentences as the dense one does.
+
+    Any other recipe may stand here: it gets a copy of the dense model, and no scores.
+    """
+    recovery = Distill(passes=3, batch_size=32)
+    return narrower(sentences, goal, model, recovery=recovery)
+
+
+def arrays(features):
+    """Return what the files take: tokens, and which of them are no padding."""
+    return features["input_ids"].numpy(), features["attention_mask"].numpy()
+
+
+def sentences(options):
+    """Prepare a sentence encoder."""
+    model = EmbeddingModule(options.model).eval().model
+    count = options.nsamples or 1024
+    data = SentenceDataModule(model, options.calibration, options.eval, num_samples=count)
+    texts = data.calibration_sentences
+    pairs = list(data.val_dataloader())
+    scores = np.concatenate([batch["score"] for batch in pairs])
+    planned = Result(
+        model=Path(options.model).name,
+        method="dense",
+        calibration=Samples(Path(options.calibration).name, count),
+        evaluation=Samples("STS-B", len(scores)),
+        versions={name: metadata.version(name) for name in PACKAGES},
+    )
+    units = rows_of_units(planned, "structured", partial(narrower, texts), WIDTHS)
+    units += rows_of_units(planned, "structured, trained", partial(trained, texts), WIDTHS)
+
+    def quality(run):
+        similarities = []
+        for batch in pairs:
+            ids, mask = arrays(batch)
+            first, second = np.split(run(ids, None, mask)[0], 2)
+            similarities += list((first * second).sum(axis=1))
+        return {"spearman": 100 * float(spearmanr(similarities, scores).statistic)}
+
+    def clock(size, run):
+        ids = np.random.default_rng(0).integers(1000, 30000, size=(size, LENGTHS[size]))
+        mask = np.ones_like(ids)
+        return [seconds(lambda: run(ids, None, mask))]
+
+    numbers = dict.fromkeys(("onnxruntime", "openvino"), NUMBERS)
+    samples = [arrays(batch) for batch in data.calibration_dataloader()]
+    return Kind(model, planned, units, numbers, quality, ["sentences"], clock, samples)
+
+
+def main(options: worth.Options = worth.Options()):
+    """Measure the rows in each program."""
+    measure(sentences(options), options, "embedding", threads=1)
+
+
+if __name__ == "__main__":
+    run_from_shell(main)
