@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 from jaxtyping import install_import_hook
+from support.forks import IN_ONE_WORKER
 from support.pair import Pair
 
 # Before anything imports wanda_lightning.
@@ -23,10 +24,10 @@ settings.load_profile("tests")
 
 
 def pytest_collection_modifyitems(items):
-    """Run all tests with the two processes in one worker, so that they start once."""
+    """Run all tests with the two processes in the worker that forks, so that they start once."""
     for item in items:
         if "pair" in getattr(item, "fixturenames", ()):  # doctests have none
-            item.add_marker(pytest.mark.xdist_group("pair"))
+            item.add_marker(IN_ONE_WORKER)
 
 
 def pytest_collection_finish():

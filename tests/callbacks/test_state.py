@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from support import forks
 from support.callbacks import (
     ADAMW,
     LAYERS,
@@ -374,6 +375,7 @@ def attempt(folder, is_killed):
     torch.save(state(module), folder / "final.pt")
 
 
+@forks.IN_ONE_WORKER
 def test_a_killed_and_restarted_run_equals_an_uninterrupted_one(tmp_path):
     first_step, whole, resumed = killed_and_resumed(tmp_path, attempt)
     assert first_step == "step 5"

@@ -66,6 +66,7 @@ def test_the_configuration_of_a_saved_adapter_can_be_loaded(adapted, tmp_path):
     )
 
 
+@forks.IN_ONE_WORKER
 def test_a_process_without_this_package_says_what_to_import(adapted, tmp_path):
     adapted.save_pretrained(tmp_path)
     code = f"from peft import PeftModel; PeftModel.from_pretrained(None, {str(tmp_path)!r})"
