@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 from support.callbacks import same
+from support.pairwise import with_nightly
 from support.tasks import DOCUMENTS, accuracies_by_hand, tiny_llama, tiny_tokenizer, write_tasks
 
 from wanda_lightning.evaluation import PAPER_TASKS, load_tasks, zero_shot
 
 
-@pytest.mark.parametrize("name", ["boolq", "rte", "arc_easy", "arc_challenge", "openbookqa"])
+@pytest.mark.parametrize(
+    "name", with_nightly(["boolq", "rte", "arc_easy", "openbookqa"], ["arc_challenge"])
+)
 def test_accuracy_is_the_one_counted_by_hand(tmp_path, name):
     write_tasks(tmp_path)
     tasks = load_tasks([name], tmp_path)

@@ -48,7 +48,8 @@ def prune_until_killed(source, folder, after, name):
     stream(source, folder, batches(), **CHOICES[name])
 
 
-@pytest.mark.parametrize("name", ["owl_layer", "experts", "experts_block"])
+@forks.IN_ONE_WORKER
+@pytest.mark.parametrize("name", with_nightly(["owl_layer", "experts_block"], ["experts"]))
 def test_a_killed_run_continues_where_it_was(source_for, streamed, tmp_path, name):
     (expected, whole), out = streamed(name), tmp_path / "out"
     for after in (1, 2, 4, 5):

@@ -37,7 +37,21 @@ from wanda_lightning.streaming import measure_perplexity
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-@pytest.mark.parametrize("name", CHOICES)
+# Variants of other choices, which take the same way through the files.
+LIKE_OTHERS = {
+    "wanda",
+    "admm",
+    "owl without statistics",
+    "none without statistics",
+    "permutation",
+    "structured_magnitude",
+    "structured_reconstruct",
+}
+
+
+@pytest.mark.parametrize(
+    "name", with_nightly([name for name in CHOICES if name not in LIKE_OTHERS], CHOICES)
+)
 def test_the_files_and_the_report_are_those_of_prune(source_for, streamed, tmp_path, name):
     expected = in_memory(source_for(name), tmp_path / "memory", batches(), **CHOICES[name])
     report, folder = streamed(name)

@@ -7,6 +7,7 @@ import torch
 import transformers as hf
 from support.disk import add_predictions, count_blocks, same, weights
 from support.layers import rng
+from support.pairwise import spread
 from support.quiet import prune
 from support.reports import read_json
 from support.tiny import tiny
@@ -36,8 +37,7 @@ def prune_llama(folder):
     model.save_pretrained(folder)
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "fisher"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "allocation"), spread(MODELS, ["uniform", "fisher"]))
 def test_equals_the_model_that_was_shrunk_in_memory(name, allocation, tmp_path):
     model = MODELS[name]()
     prune_units(model, [{"input_ids": IDS}], 0.4, allocation=allocation)
