@@ -35,6 +35,7 @@ from support.callbacks import (
 from support.mlps import relu_mlp
 from support.pairwise import with_nightly
 from support.quiet import prune
+from support.refusals import refuses
 from timm.optim import Lion
 from torch import nn
 
@@ -315,7 +316,7 @@ def test_a_checkpoint_of_another_sparsity_or_pattern(tmp_path, loop, first, seco
     fit_module(module, wanda(**first), SaveAt(tmp_path, 2), max_steps=2)
     callback = wanda(**second)
     run = getattr(trainer(callback, max_steps=4), loop)
-    with pytest.raises(ValueError, match=f"WandaPrune wrote with .*{message}"):
+    with refuses(f"WandaPrune wrote with .*{message}"):
         run(made("adamw"), loader(), ckpt_path=tmp_path / "2.ckpt")
     assert callback.report is None
 
