@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import settings
 from jaxtyping import install_import_hook
+from support.forks import IN_ONE_WORKER
 from support.pair import Pair
 
 # Before anything imports wanda_lightning.
@@ -22,11 +23,18 @@ settings.register_profile("tests", deadline=None, derandomize=True, database=Non
 settings.load_profile("tests")
 
 
+# Fixtures of a module that take seconds: in two workers, they would be made twice.
+SLOW = {"dense_and_shrunk", "fits", "image_folders", "shrunk_language_model", "smaller"}
+
+
 def pytest_collection_modifyitems(items):
-    """Run all tests with the two processes in one worker, so that they start once."""
+    """Run all tests with the two processes in the worker that forks, and those with a slow fixture in one worker."""
     for item in items:
-        if "pair" in getattr(item, "fixturenames", ()):  # doctests have none
-            item.add_marker(pytest.mark.xdist_group("pair"))
+        fixtures = set(getattr(item, "fixturenames", ()))  # doctests have none
+        if "pair" in fixtures:
+            item.add_marker(IN_ONE_WORKER)
+        elif fixtures & SLOW:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 def pytest_collection_finish():

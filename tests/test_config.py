@@ -6,6 +6,7 @@ import inspect
 import pytest
 import torch
 import yaml
+from support.refusals import refuses
 
 import wanda_lightning as wl
 from wanda_lightning import (
@@ -127,13 +128,13 @@ REFUSED = r"""
 
 @pytest.mark.parametrize(("choices", "message"), yaml.safe_load(REFUSED))
 def test_what_is_refused(choices, message):
-    with pytest.raises(ValueError, match=message):
+    with refuses(message):
         PruningConfig.from_names(**choices)
 
 
 def test_a_class_in_the_place_of_an_object_is_told_so():
     message = r"criterion must be of class Criterion or .*, but it is <class.* Wanda\(\.\.\.\)"
-    with pytest.raises(ValueError, match=message):
+    with refuses(message):
         PruningConfig.from_names(criterion=Wanda)
 
 
@@ -175,5 +176,5 @@ def test_typed_choices_are_the_arguments():
 )
 def test_an_unknown_choice_is_named(start):
     message = r"^patern is no choice of pruning\. Did you mean pattern\?$"
-    with pytest.raises(ValueError, match=message):
+    with refuses(message):
         start(patern="2:4")

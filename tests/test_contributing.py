@@ -47,6 +47,7 @@ def test_the_sample_method_takes_twelve_lines_and_four_in_the_table_of_methods()
     assert not re.search(r"^-(?!--)", DIFF, flags=re.MULTILINE)  # no line is removed
 
 
+@forks.IN_ONE_WORKER
 def test_the_sample_method_prunes(tmp_path):
     package = tmp_path / "wanda_lightning"
     shutil.copytree(ROOT / "wanda_lightning", package, ignore=shutil.ignore_patterns("__pycache__"))

@@ -11,6 +11,7 @@ import torch
 from support.layers import rng
 from support.mlps import relu_mlp
 from support.quiet import prune
+from support.refusals import refuses
 from user_of_types import Power
 
 from wanda_lightning import (
@@ -198,7 +199,7 @@ class WrongAllocation(Allocation):
     ],
 )
 def test_a_mistake_is_refused_in_a_sentence_that_names_the_choice(model, batch, choice, message):
-    with pytest.raises(ValueError, match=message):
+    with refuses(message):
         prune(model, [batch], **choice)
 
 
@@ -210,7 +211,7 @@ def test_a_class_without_a_dataclass_is_refused_since_the_report_would_lack_its_
         def __call__(self, weight, inputs):
             return weight
 
-    with pytest.raises(ValueError, match=r"criterion must be a dataclass, .* but Plain is none"):
+    with refuses(r"criterion must be a dataclass, .* but Plain is none"):
         PruningConfig.from_names(criterion=Plain())
 
 

@@ -6,7 +6,7 @@ import threading
 import time
 from contextvars import ContextVar, copy_context
 from functools import partial
-from itertools import islice
+from itertools import cycle, islice, product
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from support.callbacks import zeros
 from support.chains import through
 from support.layers import assert_same, rng
+from support.pairwise import with_nightly
 from support.quiet import prune
 from support.refusals import refusal
 from support.samples import calls_of
@@ -229,8 +230,18 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("choices", CHOICES)
-@pytest.mark.parametrize("name", MODELS)
+# Two ways to wait for each model, and one of the other choices.
+SAMPLE = [
+    *product(MODELS, ["layer", "block"]),
+    *zip(
+        MODELS,
+        cycle(["best", "structured", "owl", "none", "permuted 2:4", "reconstruct"]),
+        strict=False,
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "choices"), with_nightly(SAMPLE, product(MODELS, CHOICES)))
 def test_what_surrounds_the_blocks_of_a_batch_is_its_own(name, choices, caplog):
     model, twin = (Net(*code) for code in MODELS[name])
     given = batches()

@@ -166,7 +166,7 @@ def test_transfer_hooks_are_applied(make, data):
     ("precision", "dtype", "autocast"),
     [
         ("bf16-true", torch.bfloat16, nullcontext()),
-        ("16-true", torch.float16, nullcontext()),
+        pytest.param("16-true", torch.float16, nullcontext(), marks=pytest.mark.nightly),
         ("bf16-mixed", torch.float32, torch.autocast("cpu", torch.bfloat16)),
     ],
 )

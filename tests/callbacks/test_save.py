@@ -6,6 +6,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from safetensors.torch import load_file
+from support import forks
 from support.callbacks import (
     ADAMW,
     Net,
@@ -360,6 +361,7 @@ def continue_gradual_run(folder, is_killed):
     torch.save({**state(module), "best": best.best_model_score}, folder / "final.pt")
 
 
+@forks.IN_ONE_WORKER
 def test_a_gradual_run_that_is_killed_before_the_last_stage_resumes_from_last(tmp_path):
     first_step, whole, resumed = killed_and_resumed(tmp_path, continue_gradual_run)
     assert first_step == "step 6"

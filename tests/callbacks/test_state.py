@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from support import forks
 from support.callbacks import (
     ADAMW,
     LAYERS,
@@ -34,6 +35,7 @@ from support.callbacks import (
 from support.mlps import relu_mlp
 from support.pairwise import with_nightly
 from support.quiet import prune
+from support.refusals import refuses
 from timm.optim import Lion
 from torch import nn
 
@@ -314,7 +316,7 @@ def test_a_checkpoint_of_another_sparsity_or_pattern(tmp_path, loop, first, seco
     fit_module(module, wanda(**first), SaveAt(tmp_path, 2), max_steps=2)
     callback = wanda(**second)
     run = getattr(trainer(callback, max_steps=4), loop)
-    with pytest.raises(ValueError, match=f"WandaPrune wrote with .*{message}"):
+    with refuses(f"WandaPrune wrote with .*{message}"):
         run(made("adamw"), loader(), ckpt_path=tmp_path / "2.ckpt")
     assert callback.report is None
 
@@ -374,6 +376,7 @@ def attempt(folder, is_killed):
     torch.save(state(module), folder / "final.pt")
 
 
+@forks.IN_ONE_WORKER
 def test_a_killed_and_restarted_run_equals_an_uninterrupted_one(tmp_path):
     first_step, whole, resumed = killed_and_resumed(tmp_path, attempt)
     assert first_step == "step 5"

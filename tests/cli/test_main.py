@@ -9,6 +9,7 @@ from importlib.metadata import version
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from support import forks
 from support.cli import IGNORED_WARNINGS, OUT, everything_in, run
 
 from wanda_lightning.cli import explain
@@ -68,11 +69,21 @@ def test_ctrl_c(monkeypatch, capsys):
     assert capsys.readouterr().err == "wanda-lightning: interrupted\n"
 
 
+CLOSED_PIPE = """
+import os, runpy, sys
+os.chdir(sys.argv.pop(1))
+reading, writing = os.pipe()
+os.close(reading)
+os.dup2(writing, 1)
+sys.stdout = os.fdopen(1, "w", closefd=False)
+runpy.run_module("wanda_lightning", run_name="__main__")
+"""
+
+
+@forks.IN_ONE_WORKER
 def test_a_closed_pipe_still_saves(text, tmp_path):
-    command = [sys.executable, "-m", "wanda_lightning", *map(str, text), *OUT]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-        process.stdout.close()
-    assert process.returncode != 0
+    done = forks.run(forks.execute, CLOSED_PIPE, tmp_path, *text, *OUT)
+    assert done.returncode != 0
     assert {"pruning_report.json", "model/model.safetensors", "model/README.md"} <= everything_in(
         tmp_path / "out"
     ).keys()

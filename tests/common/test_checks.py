@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from support.refusals import refuses
 
 from wanda_lightning.common.checks import (
     Number,
@@ -74,16 +75,13 @@ def test_rules(rule, text, inside, outside):
     for value in inside:
         check_values(rule, lr=value)
     for value in outside:
-        with pytest.raises(
-            ValueError,
-            match=rf"^rate of Method must be {text}, but it is {re.escape(shown(value))}\.$",
+        with refuses(
+            rf"^rate of Method must be {text}, but it is {re.escape(shown(value))}\.$",
         ):
             check(Method(value), rate=rule)
 
 
 def test_options_that_must_be_set():
     for limit in (0, None):
-        with pytest.raises(
-            ValueError, match=rf"^limit must be a whole number of at least 1, but it is {limit}\.$"
-        ):
+        with refuses(rf"^limit must be a whole number of at least 1, but it is {limit}\.$"):
             check_at_least(1, batch_size=1, limit=limit)

@@ -10,6 +10,7 @@ import pytest
 import timm
 from huggingface_hub import constants, is_offline_mode
 from support.modules import tiny_llama
+from support.refusals import refuses
 
 from wanda_lightning.common.model_source import ModelSource, load_config, load_tokenizer
 from wanda_lightning.modules import ImageClassifierModule
@@ -80,15 +81,11 @@ def test_an_index_may_only_name_files_in_its_folder(tmp_path, name):
     tiny_llama().config.save_pretrained(tmp_path)
     index = {"weight_map": {"a": "model-1.safetensors", "b": name}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(
-        ValueError, match=r"index\.json must name files in its folder, but it names .*x"
-    ):
+    with refuses(r"index\.json must name files in its folder, but it names .*x"):
         load_config(ModelSource(tmp_path))
 
 
 def test_a_classifier_without_its_prefix(tmp_path):
     timm.models.save_for_hf(timm.create_model("test_vit"), tmp_path)
-    with pytest.raises(
-        ValueError, match=rf"is an image classifier of timm: its name is timm:local-dir:{tmp_path}"
-    ):
+    with refuses(rf"is an image classifier of timm: its name is timm:local-dir:{tmp_path}"):
         load_config(ModelSource(tmp_path))

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from support.refusals import refuses
 
 from wanda_lightning.common.layer_names import check_patterns, matches, refuse_unmatched
 from wanda_lightning.common.wording import abbreviated, did_you_mean, duration
@@ -33,15 +34,14 @@ def test_a_string_is_a_single_pattern():
 
 def test_a_wrong_regular_expression_is_refused():
     message = re.escape("only='re:(' must be a regular expression after 're:', but")
-    with pytest.raises(ValueError, match=message):
+    with refuses(message):
         check_patterns("only", ["head", "re:("])
 
 
 def test_a_pattern_that_matches_no_name_is_refused_with_the_nearest_one():
     refuse_unmatched(["head", "*.up"], NAMES, "skip", "module")
-    with pytest.raises(
-        ValueError,
-        match=r"skip='blocks.0.mpl.up' matches no module .* nearest is 'blocks.0.mlp.up'",
+    with refuses(
+        r"skip='blocks.0.mpl.up' matches no module .* nearest is 'blocks.0.mlp.up'",
     ):
         refuse_unmatched(["head", "blocks.0.mpl.up"], NAMES, "skip", "module")
 

@@ -9,6 +9,7 @@ from hypothesis import given, strategies as st
 from numpy.testing import assert_allclose
 from support.layers import DTYPES, random_layer, rng, solve
 from support.pairwise import pairwise
+from support.refusals import refuses
 from torch.testing import assert_close
 
 from wanda_lightning.core.solvers import SparseGPT
@@ -227,7 +228,7 @@ def test_too_few_tokens_are_dampened(caplog):
 def test_a_matrix_that_stays_indefinite_is_refused():
     weight, tokens = random_layer()
     tokens[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="no Cholesky factor, not even with dampening"):
+    with refuses("no Cholesky factor, not even with dampening"):
         solve(SparseGPT(), weight, tokens)
 
 

@@ -13,6 +13,7 @@ from support.callbacks import SaveAt, batches_of_each_step, validate_module
 from support.cli import save_noise
 from support.data import images_of, opened, paint, vit
 from support.layers import rng
+from support.refusals import refuses
 from torch import nn
 
 from wanda_lightning import ImageClassifierModule, ImageDataModule
@@ -55,7 +56,7 @@ def test_calibration_images_are_a_seeded_choice_of_training_images(seed):
 
 
 def test_images_before_setup_are_an_error():
-    with pytest.raises(ValueError, match=r"^setup\(\) opens the images"):
+    with refuses(r"^setup\(\) opens the images"):
         _ = ImageDataModule("digits", vit()).num_classes
 
 
@@ -121,7 +122,7 @@ def test_transforms_come_from_the_model_of_the_trainer(monkeypatch):
     ],
 )
 def test_a_model_that_does_not_fit_is_refused(model, message):
-    with pytest.raises(ValueError, match=message):
+    with refuses(message):
         ImageDataModule("digits", model).setup("fit")
 
 
@@ -144,12 +145,12 @@ def test_a_folder_without_training_images_measures_and_if_it_has_only_classes_ca
     shutil.rmtree(imagenet / "train")
     data = opened(imagenet / folder, vit())
     assert labels_of(data) == [0, 0, 1, 1]
-    with pytest.raises(ValueError, match="has only evaluation images"):
+    with refuses("has only evaluation images"):
         data.train_dataloader()
     if folder == "val":
         assert sorted(images_of(data.calibration_dataloader())[1].tolist()) == [0, 0, 1, 1]
         return
-    with pytest.raises(ValueError, match="has only evaluation images"):
+    with refuses("has only evaluation images"):
         data.calibration_dataloader()
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.embedding import PAIRS, SENTENCES, save_pairs
+from support.refusals import refuses
 
 from wanda_lightning import SentenceDataModule
 from wanda_lightning.data import sentence_pairs
@@ -100,7 +101,7 @@ def test_columns_are_found_by_name_or_by_their_order(tmp_path, heading):
 def test_a_wrong_file_of_pairs_is_refused_with_its_line(tmp_path, content, message):
     path = tmp_path / "pairs.csv"
     path.write_text(content)
-    with pytest.raises(ValueError, match=message):
+    with refuses(message):
         SentenceDataModule(evaluation=path).setup("validate")
 
 
@@ -128,12 +129,12 @@ def test_stsb_comes_from_the_hub(monkeypatch):
     ],
 )
 def test_wrong_options_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
+    with refuses(message):
         SentenceDataModule(**options)
 
 
 def test_texts_without_a_sentence_or_a_model_are_refused():
-    with pytest.raises(ValueError, match="at least five words"):
+    with refuses("at least five words"):
         SentenceDataModule(Letters(), calibration=["one two"]).calibration_dataloader()
-    with pytest.raises(ValueError, match="model must be a SentenceTransformer"):
+    with refuses("model must be a SentenceTransformer"):
         list(SentenceDataModule(calibration=[SENTENCES[0]]).calibration_dataloader())

@@ -12,6 +12,7 @@ from support.data import (
     write_jsonl,
     write_parquet,
 )
+from support.refusals import refuses
 
 from wanda_lightning import TextDataModule
 from wanda_lightning.data.text_sources import python_docs, sklearn_docs
@@ -125,7 +126,7 @@ def test_brackets_in_a_text_are_not_nesting(tmp_path, tokenizer, documents):
 )
 def test_bad_files_are_refused_when_read(tmp_path, tokenizer, name, content, cause):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=rf"The data of .*{name}' cannot be loaded: .*{cause}"):
+    with refuses(rf"The data of .*{name}' cannot be loaded: .*{cause}"):
         TextDataModule(tokenizer, evaluation=str(tmp_path / name)).setup("validate")
 
 
@@ -141,5 +142,5 @@ def test_tables_have_a_column_of_text(tmp_path, tokenizer, rows, found):
     file = write_parquet(tmp_path / "a.parquet", **rows)
     message = f"must have a column 'text' with a string in each row, .*{found}"
     for source in (file, datasets.Dataset.from_dict(rows)):
-        with pytest.raises(ValueError, match=message):
+        with refuses(message):
             TextDataModule(tokenizer, evaluation=source).setup("validate")

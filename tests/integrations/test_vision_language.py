@@ -41,8 +41,8 @@ def assert_half_of_the_language_model(model, dense, report):
 @pytest.mark.parametrize(
     ("name", "method"),
     with_nightly(
-        [*zip(MODELS, METHODS, strict=False), (MODELS[0], "thorough")],
-        itertools.product(MODELS, METHODS),
+        zip(MODELS, METHODS, strict=False),
+        [*itertools.product(MODELS, METHODS), (MODELS[0], "thorough")],
     ),
 )
 def test_images_reach_the_statistics(name, method):

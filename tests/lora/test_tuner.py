@@ -16,6 +16,7 @@ from support.lora import (
     sparse_layer,
     zeros_of,
 )
+from support.refusals import refuses
 from support.reports import read_json
 from torch import nn
 
@@ -37,7 +38,7 @@ from wanda_lightning.lora import (
     ],
 )
 def test_options_that_cannot_keep_zeros_are_refused_by_name(options, message):
-    with pytest.raises(ValueError, match=f"^{message}"):
+    with refuses(f"^{message}"):
         config(**options)
 
 
@@ -66,6 +67,7 @@ def test_the_configuration_of_a_saved_adapter_can_be_loaded(adapted, tmp_path):
     )
 
 
+@forks.IN_ONE_WORKER
 def test_a_process_without_this_package_says_what_to_import(adapted, tmp_path):
     adapted.save_pretrained(tmp_path)
     code = f"from peft import PeftModel; PeftModel.from_pretrained(None, {str(tmp_path)!r})"
@@ -76,20 +78,20 @@ def test_a_process_without_this_package_says_what_to_import(adapted, tmp_path):
 def test_two_targets_with_one_weight_are_refused():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     model[1].weight = model[0].weight
-    with pytest.raises(ValueError, match="0 and 1 share one weight"):
+    with refuses("0 and 1 share one weight"):
         get_peft_model(model, config(target_modules=["0", "1"]))
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT itself only warns of two adapters in one model
 def test_plain_and_keep_zeros_adapters_do_not_mix():
     plain = get_peft_model(llama(), LoraConfig(target_modules=TARGETS))
-    with pytest.raises(ValueError, match="without adapters of another type, but model"):
+    with refuses("without adapters of another type, but model"):
         get_peft_model(plain.base_model.model, config())
 
 
 def test_peft_registers_only_its_own_types():
     """Otherwise `lora.register` could use this function in place of the tables."""
-    with pytest.raises(ValueError, match="Unknown PEFT type"):
+    with refuses("Unknown PEFT type"):
         register_peft_method(
             name=KEEP_ZEROS_LORA.name.lower(),
             config_cls=KeepZerosLoraConfig,
@@ -115,7 +117,7 @@ OTHER = r"but 1 is a {}\. Remove it from target_modules"
 )
 def test_other_layers_are_refused_by_name_before_anything_changes(layer, message):
     model = nn.Sequential(sparse_layer("linear"), layer)
-    with pytest.raises(ValueError, match=message):
+    with refuses(message):
         get_peft_model(model, config(target_modules=["0", "1"]))
     assert type(model[0]) is nn.Linear
 
@@ -123,6 +125,6 @@ def test_other_layers_are_refused_by_name_before_anything_changes(layer, message
 def test_the_layers_that_all_linear_stands_for_are_checked_before_anything_changes():
     """PEFT finds them by a private function, after the model is prepared."""
     model = nn.Sequential(sparse_layer("linear"), BITS)
-    with pytest.raises(ValueError, match="1 is a quantized layer"):
+    with refuses("1 is a quantized layer"):
         get_peft_model(model, config(target_modules="all-linear"))
     assert type(model[0]) is nn.Linear

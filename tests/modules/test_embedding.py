@@ -1,8 +1,10 @@
 """The module for sentence embeddings: prune, shrink, train and save models of sentence-transformers."""
 
+import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from support.callbacks import trainer
 from support.embedding import PAIRS, SENTENCES, save_pairs, save_tiny, spearman_by_hand
 from support.quiet import prune
+from support.refusals import refuses
 
 from wanda_lightning import (
     DistillFromDense,
@@ -26,27 +29,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The number of training batches"),
     pytest.mark.filterwarnings("ignore:num_samples is"),
 ]
-
-LOAD = """
-import sys
-from sentence_transformers import SentenceTransformer
-folder, trust, expected = sys.argv[1:]
-model = SentenceTransformer(folder, device="cpu", trust_remote_code=trust == "True")
-found = model.encode(["a cat sees the red house ."])[0]
-assert abs(found - eval(expected)).max() < 1e-5, found
-assert "wanda_lightning" not in sys.modules
-print([tuple(p.shape) for n, p in model.named_parameters() if n.endswith("intermediate.dense.weight")])
-"""
-
-
-def widths_elsewhere(folder, model, trust, tmp_path):
-    """Load a folder without this package, compare an embedding, and return the numbers of hidden units."""
-    expected = model.eval().encode(["a cat sees the red house ."])[0].tolist()
-    command = [sys.executable, "-I", "-c", LOAD, str(folder), str(trust), str(expected)]
-    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PATH": ""}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return [width for width, _ in eval(done.stdout)]
 
 
 def test_texts_give_the_zeros_of_batches_by_hand(tiny, tiny_folder):
@@ -72,7 +54,7 @@ def test_texts_give_the_zeros_of_batches_by_hand(tiny, tiny_folder):
 )
 def test_wrong_texts_are_refused_before_the_model_runs(tiny, texts, message):
     tiny.forward = None  # a call would be a TypeError
-    with pytest.raises(ValueError, match=message):
+    with refuses(message):
         prune(tiny, texts)
 
 
@@ -96,41 +78,87 @@ def test_a_model_that_tokenizes_may_take_features_by_name():
 
 
 def test_texts_for_a_model_without_tokenizer_are_refused():
-    with pytest.raises(ValueError, match="Linear has no method `tokenize`"):
+    with refuses("Linear has no method `tokenize`"):
         prune(torch.nn.Linear(4, 4), ["a cat ."])
 
 
+# ---- smaller folders in a process without this package, which takes seconds to start and so loads all of them
+
+LOAD = """
+import json, sys
+from sentence_transformers import SentenceTransformer
+found = {}
+for folder, trust in json.loads(sys.argv[1]).items():
+    model = SentenceTransformer(folder, device="cpu", trust_remote_code=trust)
+    weights = {n: p.shape for n, p in model.named_parameters() if n.endswith("intermediate.dense.weight")}
+    embedding = model.encode(["a cat sees the red house ."])[0].tolist()
+    found[folder] = {"widths": [width for width, _ in weights.values()], "embedding": embedding}
+assert "wanda_lightning" not in sys.modules
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def smaller(tiny_folder, tmp_path_factory):
+    """By name: a model with zeros, what was taken out of its folder, and what another process finds there."""
+    cases = {}
+    for name in ("uniform", "fisher", "saved only"):
+        folder = tmp_path_factory.mktemp("smaller") / "out"
+        model = EmbeddingModule(tiny_folder).model
+        allocation = "fisher" if name == "fisher" else "uniform"
+        prune(model, SENTENCES, 0.5, pattern="structured", allocation=allocation)
+        if name == "fisher":  # the tiny model may have equal widths by chance
+            part = model[0].auto_model.encoder.layer[0]
+            part.intermediate.dense.weight.data[:3] = 0
+            part.intermediate.dense.bias.data[:3] = 0
+            part.output.dense.weight.data[:, :3] = 0
+        if name == "saved only":
+            removed = EmbeddingModule(model).save_pretrained(folder, shrink=True)
+        else:
+            removed = shrink(model)
+            model.save(str(folder))
+        cases[name] = SimpleNamespace(model=model.eval(), removed=removed, folder=folder)
+
+    folders = {str(case.folder): bool(case.removed.misfit) for case in cases.values()}
+    command = [sys.executable, "-I", "-c", LOAD, json.dumps(folders)]
+    home = str(tmp_path_factory.mktemp("home"))
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": home, "PATH": ""}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    for case in cases.values():
+        case.found = json.loads(done.stdout)[str(case.folder)]
+    return cases
+
+
+@pytest.mark.parametrize("name", ["uniform", "fisher", "saved only"])
+def test_a_smaller_folder_loads_without_this_package(smaller, name):
+    case = smaller[name]
+    expected = case.model.encode(["a cat sees the red house ."])[0]
+    assert case.found["embedding"] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
 @pytest.mark.parametrize("allocation", ["uniform", "fisher"])
-def test_a_smaller_folder_loads_without_this_package(tiny, allocation, tmp_path):
-    prune(tiny, SENTENCES, 0.5, pattern="structured", allocation=allocation)
-    if allocation == "fisher":  # the tiny model may have equal widths by chance
-        part = tiny[0].auto_model.encoder.layer[0]
-        part.intermediate.dense.weight.data[:3] = 0
-        part.intermediate.dense.bias.data[:3] = 0
-        part.output.dense.weight.data[:, :3] = 0
-    removed = shrink(tiny)
+def test_a_smaller_folder_has_the_widths_that_are_left(smaller, allocation):
+    removed = smaller[allocation].removed
+    widths = smaller[allocation].found["widths"]
     assert bool(removed.misfit) == (allocation == "fisher")
-    tiny.save(str(tmp_path / "small"))
-    widths = widths_elsewhere(tmp_path / "small", tiny, bool(removed.misfit), tmp_path)
     assert sum(widths) == 2 * 32 - removed.units
     assert (len(set(widths)) == 1) == (allocation == "uniform")
 
 
-def test_save_pretrained_leaves_units_out_of_the_folder_only(tiny, tmp_path):
-    prune(tiny, SENTENCES, 0.5, pattern="structured")
-    module = EmbeddingModule(tiny)
-    removed = module.save_pretrained(tmp_path / "small", shrink=True)
-    assert removed.units == 32
-    assert tiny[0].auto_model.encoder.layer[0].output.dense.weight.shape == (16, 32)
-    assert widths_elsewhere(tmp_path / "small", tiny, False, tmp_path) == [16, 16]
-    assert spearman_by_hand(EmbeddingModule(tmp_path / "small").model.eval()) == pytest.approx(
-        spearman_by_hand(tiny.eval())
+def test_save_pretrained_leaves_units_out_of_the_folder_only(smaller):
+    case = smaller["saved only"]
+    assert case.removed.units == 32
+    assert case.model[0].auto_model.encoder.layer[0].output.dense.weight.shape == (16, 32)
+    assert case.found["widths"] == [16, 16]
+    assert spearman_by_hand(EmbeddingModule(case.folder).model.eval()) == pytest.approx(
+        spearman_by_hand(case.model)
     )
 
 
 def test_a_save_that_fails_leaves_nothing(tiny, tmp_path):
     module = EmbeddingModule(tiny)
-    with pytest.raises(ValueError, match="shrink must remove something"):
+    with refuses("shrink must remove something"):
         module.save_pretrained(tmp_path / "out", shrink=True)
     assert list(tmp_path.iterdir()) == []
     module.save_pretrained(tmp_path / "out")
@@ -225,13 +253,13 @@ def test_without_scores_or_a_dense_model_nothing_is_trained(tiny, tmp_path):
 
 
 def test_a_model_that_reads_no_texts_is_refused():
-    with pytest.raises(ValueError, match="SentenceTransformer, which tokenizes"):
+    with refuses("SentenceTransformer, which tokenizes"):
         EmbeddingModule(torch.nn.Linear(2, 2))
 
 
 def test_a_folder_without_pooling_is_refused(tiny, tmp_path):
     tiny[0].auto_model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=re.escape("has no modules.json")):
+    with refuses(re.escape("has no modules.json")):
         EmbeddingModule(tmp_path)
 
 
@@ -240,5 +268,5 @@ def test_weights_that_are_not_finite_are_refused(tiny, tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     weights["encoder.layer.1.output.dense.weight"][0, 0] = float("nan")
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"layer\.1\.output\.dense holds NaN"):
+    with refuses(r"layer\.1\.output\.dense holds NaN"):
         EmbeddingModule(tmp_path)

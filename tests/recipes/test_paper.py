@@ -10,6 +10,7 @@ from support.recipes import RECIPES, in_this_process, script
 from support.reports import read_json
 
 from wanda_lightning import cli
+from wanda_lightning.cli.options import values_of
 
 pytestmark = IGNORED_WARNINGS
 
@@ -94,16 +95,16 @@ def test_every_cell_is_a_command_that_prunes_as_the_cell_is_named(path):
     assert len(cells) == len(content["models"]) * len(content["cells"])
     for cell in cells:
         assert re.fullmatch(r"(?!dense$)[\w.-]*\w", cell.name)  # it names a folder beside `dense`
-        command, *arguments = cell.command(Path("out"))
-        values = cli.parse_options(command, arguments)
+        groups = cli.parse(cell.command(Path("out")))[1]
+        values = values_of(*groups.values())
         assert values["model"] == content["models"][cell.model]
         assert values["save"] == f"out/{cell.path}"
         method = cell.name.partition("_")[0]
         if method in ("magnitude", "sparsegpt", "wanda"):
             assert values["method"] == method
         if path.stem != "calibration":  # whose cells are named by the number of samples
-            pruning = cli.parse([command, *arguments])[1]["pruning"]
-            assert (pruning.choices["pattern"], values["sparsity"]) == choices_in(cell)
+            choices = groups["pruning"].choices
+            assert (choices["pattern"], values["sparsity"]) == choices_in(cell)
 
 
 @pytest.fixture

@@ -16,6 +16,8 @@ from support.cli import IGNORED_WARNINGS, run
 from support.embedding import SENTENCES, save_pairs, spearman_by_hand
 from support.layers import assert_same
 from support.mlps import relu_mlp
+from support.pairwise import with_nightly
+from support.recipes import script
 from support.reports import read_json
 from timm.models import save_for_hf
 from torch.sparse._semi_structured_conversions import (
@@ -185,8 +187,11 @@ def test_a_small_mixture_is_trained_and_loses_experts_from_disk(monkeypatch):
     monkeypatch.setattr(
         sys, "argv", ["small_mixture", "--output", "mixture", "--steps", "1", "--vocabulary", "300"]
     )
-    runpy.run_path(str(ROOT / "recipes/llm/small_mixture.py"), run_name="__main__")
+    recipe = script("llm/small_mixture")
+    monkeypatch.setattr(recipe, "SEQLEN", 16)
+    recipe.main()
     texts = "--calibration mixture_text/training.txt --evaluation mixture_text/heldout.txt --seqlen 16 --nsamples 4"
+    texts += " --limit 4"
     pruning = "--stream --pattern experts --sparsity 0.25 --save_model small"
     assert run("prune", "--model", "mixture", *texts.split(), *pruning.split()) == 0
     assert AutoModelForCausalLM.from_pretrained("small").config.num_experts == 12
@@ -196,8 +201,12 @@ def test_a_small_mixture_is_trained_and_loses_experts_from_disk(monkeypatch):
 def test_a_smaller_model_is_trained_longer_and_a_lost_step_repeated(inputs, monkeypatch):
     options = f"--model {inputs}/llama --output out --tokens 1 --precision 32-true"
     monkeypatch.setattr(sys, "argv", ["recipe", f"{inputs}/long.txt", *options.split()])
+    recipe = script("llm/smaller_longer")
+    monkeypatch.setattr(recipe, "SEQLEN", 128)
+    monkeypatch.setattr(recipe, "WRITTEN", 64)
+    monkeypatch.setattr(recipe, "TOGETHER", 8)
     for name in ("first", "again"):
-        runpy.run_path(str(ROOT / "recipes/llm/smaller_longer.py"), run_name="__main__")
+        recipe.main()
         Path("out/model").rename(f"out/{name}")
     first, again, pruned = (
         AutoModelForCausalLM.from_pretrained(f"out/{name}", trust_remote_code=True).state_dict()
@@ -208,7 +217,7 @@ def test_a_smaller_model_is_trained_longer_and_a_lost_step_repeated(inputs, monk
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("with_pairs", [False, True])
+@pytest.mark.parametrize("with_pairs", with_nightly([True], [False]))
 def test_a_smaller_encoder_is_measured_and_saved(
     with_pairs, tiny_folder, tmp_path, monkeypatch, capsys
 ):

@@ -90,13 +90,14 @@ def paint(folder, colour, count):
         Image.new("RGB", (20, 20), (*colour, 10 * i)).save(folder / f"{i}.png")
 
 
+def slow_window(ids, seqlen):
+    start = random.randint(0, len(ids) - seqlen - 1)
+    return [ids[k] for k in range(start, start + seqlen)]
+
+
 def slow_text_windows(ids, seqlen, num_samples, seed):
     random.seed(seed)  # the reference seeds the global generator
-    windows = []
-    for _ in range(num_samples):
-        start = random.randint(0, len(ids) - seqlen - 1)
-        windows.append([ids[k] for k in range(start, start + seqlen)])
-    return torch.tensor(windows)
+    return torch.tensor([slow_window(ids, seqlen) for _ in range(num_samples)])
 
 
 def slow_document_windows(texts, tokenizer, seqlen, num_samples, seed):
@@ -107,6 +108,5 @@ def slow_document_windows(texts, tokenizer, seqlen, num_samples, seed):
             ids = tokenizer(texts[random.randint(0, len(texts) - 1)]).input_ids
             if len(ids) > seqlen:
                 break
-        start = random.randint(0, len(ids) - seqlen - 1)
-        windows.append([ids[k] for k in range(start, start + seqlen)])
+        windows.append(slow_window(ids, seqlen))
     return torch.tensor(windows)

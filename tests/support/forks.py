@@ -10,6 +10,11 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from tempfile import TemporaryDirectory
 
+import pytest
+from jaxtyping import install_import_hook
+
+# For tests that fork: each worker of xdist would start a process of its own that imports the libraries.
+IN_ONE_WORKER = pytest.mark.xdist_group("forks")
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
@@ -40,6 +45,20 @@ def execute(code, *arguments):
     """Be `python -c CODE ARGUMENTS`: a function to call in a fork."""
     sys.argv = ["-c", *map(str, arguments)]
     exec(compile(code, "-c", "exec"), {"__name__": "__main__"})
+
+
+def run_tests(folder, *arguments):
+    """Be `python -m pytest ARGUMENTS` in a folder: a function to call in a fork."""
+    check_shapes()
+    os.chdir(folder)
+    sys.exit(pytest.main([*map(str, arguments)]))
+
+
+def check_shapes():
+    """Let what is imported later check the shapes of tensors; this process has the package without these checks."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "wanda_lightning"]:
+        del sys.modules[name]
+    install_import_hook("wanda_lightning.core", "beartype.beartype")
 
 
 def _call(function, arguments, folder):

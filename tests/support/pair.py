@@ -1,10 +1,9 @@
 """Two real processes that run functions together, over gloo on the CPU; started once for many tests."""
 
 import os
-import sys
 import tempfile
 
-from support.forks import FORKS
+from support.forks import FORKS, check_shapes
 
 SIZE = 2
 PATIENCE = 150.0  # seconds; longer than a loaded machine takes to import torch in each process
@@ -39,12 +38,8 @@ class Pair:
 
 def _join(rank, meeting):
     import torch
-    from jaxtyping import install_import_hook
 
-    for name in [name for name in sys.modules if name.partition(".")[0] == "wanda_lightning"]:
-        del sys.modules[name]  # imported before the fork, without the hook
-    install_import_hook("wanda_lightning.core", "beartype.beartype")
-
+    check_shapes()
     os.environ |= {  # to Lightning this is a process that torchrun has started
         "TORCHELASTIC_RUN_ID": "pair",
         "RANK": str(rank),

@@ -1,10 +1,15 @@
-"""A `prune` that must be refused, and leave the model as it was."""
+"""What must be refused, and a `prune` that is, and leaves the model as it was."""
 
 import threading
 
 import pytest
 import torch
 from support.quiet import prune
+
+
+def refuses(message):
+    """Expect an error that is meant for the user, with this regular expression in its message."""
+    return pytest.raises(ValueError, match=message)
 
 
 class Untouched:

@@ -32,7 +32,11 @@ from timm.models.vision_transformer import VisionTransformer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
 
 TOKENS = 24
 IMAGE = 32
@@ -286,7 +290,8 @@ _BATCHES = {
     "gemma4_unified_assistant": _from_a_target,
 }
 for _batch, _names in _OTHERS.items():
-    _BATCHES |= {name: _batch for name in _names.split() if hasattr(hf, name)}
+    _BATCHES |= dict.fromkeys(_names.split(), _batch)
+_EXPORTED = frozenset(dir(hf))  # `hasattr` would import the model
 
 
 class CannotBuild(Exception):
@@ -295,8 +300,13 @@ class CannotBuild(Exception):
 
 def names(kind):
     """Return the names of all families of a kind."""
-    others = [name for name in _BATCHES if hasattr(hf, name)]
-    return {"causal": list(_causal()), "other": others, "timm": sorted(_modules_of_timm())}[kind]
+    if kind == "timm":
+        return sorted(_modules_of_timm())
+    if kind == "causal":
+        # By the class of the configuration: GPT-SW3 is a GPT-2. The classes of models are not imported.
+        by_config = {CONFIG_MAPPING_NAMES[name]: name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES}
+        return list(by_config.values())
+    return [name for name in _BATCHES if name in _EXPORTED]
 
 
 def family(kind, name):
@@ -308,19 +318,11 @@ def family(kind, name):
     return other(name)
 
 
-@cache
-def _causal():
-    """Return the configuration and the first class of each language model, by its model type."""
-    first = {}
-    for config_class, classes in MODEL_FOR_CAUSAL_LM_MAPPING.items():
-        model_class = classes[0] if isinstance(classes, tuple) else classes
-        first[config_class.model_type] = config_class, model_class
-    return first
-
-
 def causal(name):
     """Return a language model that reads only text."""
-    config_class, model_class = _causal()[name]
+    config_class = CONFIG_MAPPING[name]
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    model_class = classes[0] if isinstance(classes, tuple) else classes
 
     def configure():
         config = tiny(config_class)

@@ -16,6 +16,7 @@ import torch
 from support.disk import same
 from support.layers import rng
 from support.pairwise import with_nightly
+from support.refusals import refuses
 from support.reports import read_json
 from support.tiny import VOCABULARY
 from support.zoo import causal, number_of_weights, seeded
@@ -104,7 +105,7 @@ def test_a_loaded_language_model_can_be_saved_again(shrunk_language_model, name,
     model, _, folder = shrunk_language_model(name)
     needs_file = LANGUAGE[name] is None
     if needs_file:
-        with pytest.raises(ValueError, match="does not fit"):
+        with refuses("does not fit"):
             wl.CausalLMModule(folder).configure_model()
     module = wl.CausalLMModule(folder, trust_remote_code=needs_file)
     module.save_pretrained(tmp_path / "again")
@@ -249,19 +250,21 @@ def test_image_models_load_without_this_package(image_folders):
             assert_close(logits, module(images))
 
 
-def test_loaded_image_models_can_be_saved_and_become_smaller_again(image_folders, tmp_path):
-    for folder, module in image_folders.items():
-        images = torch.load(folder / "images.pt")
-        again = wl.ImageClassifierModule(folder).eval()
-        out = tmp_path / folder.name
-        again.save_pretrained(out / "again")
-        assert read_json(out / "again/config.json") == read_json(folder / "config.json")
+@pytest.mark.parametrize(
+    "name", with_nightly(["vit_tiny_patch16_224", "test_resnet"], IMAGE_MODELS)
+)
+def test_a_loaded_image_model_can_be_saved_and_become_smaller_again(image_folders, tmp_path, name):
+    ((folder, module),) = [item for item in image_folders.items() if item[0].name == name]
+    images = torch.load(folder / "images.pt")
+    again = wl.ImageClassifierModule(folder).eval()
+    again.save_pretrained(tmp_path / "again")
+    assert read_json(tmp_path / "again/config.json") == read_json(folder / "config.json")
 
-        prune_units(again.model, [images])
-        again.save_pretrained(out / "smaller", shrink=True)
-        smaller = wl.ImageClassifierModule(out / "smaller").eval()
-        assert_close(smaller(images), again(images))
-        assert number_of_weights(smaller) < number_of_weights(again) < number_of_weights(module)
+    prune_units(again.model, [images])
+    again.save_pretrained(tmp_path / "smaller", shrink=True)
+    smaller = wl.ImageClassifierModule(tmp_path / "smaller").eval()
+    assert_close(smaller(images), again(images))
+    assert number_of_weights(smaller) < number_of_weights(again) < number_of_weights(module)
 
 
 # ---- whatever timm does with the folder of a dense model, it does with that of the smaller one

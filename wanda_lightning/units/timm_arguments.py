@@ -28,6 +28,7 @@ from wanda_lightning.units.fit_settings import (
 )
 from wanda_lightning.units.modeling_shrunk import reshape
 from wanda_lightning.units.shrunk_model import COPIED_FUNCTIONS, shrunk_model
+from wanda_lightning.units.without_values import WithoutValues
 
 _BASE = "shrunk_from"  # the argument of `shrunk_model` that names a model of timm
 _TEMPLATE = '''\
@@ -158,7 +159,7 @@ def _scaled(value: Any, ratio: float) -> Any:
 def _build(name: str, arguments: Kwargs) -> Module:
     import timm
 
-    with torch.device("meta"):
+    with torch.device("meta"), WithoutValues():
         return timm.create_model(name, **arguments)
 
 
