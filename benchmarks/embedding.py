@@ -15,6 +15,7 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import worth
 from measuring import run_from_shell, seconds
@@ -23,21 +24,34 @@ from runtimes import Kind, measure
 from scipy.stats import spearmanr
 from worth import narrower, rows_of_units
 
-from wanda_lightning import Distill, EmbeddingModule, SentenceDataModule
+from wanda_lightning import (
+    DistillFromDense,
+    EmbeddingModule,
+    PruningCallback,
+    SentenceDataModule,
+    shrink,
+)
 
 NUMBERS = ("float32", "int8")
 WIDTHS = ("50", "75")
+PIECES = 25600  # of text, to train on
 LENGTHS = {1: 32, 32: 64}  # tokens, by the number of sentences
 PACKAGES = ("onnxruntime", "openvino", "nncf")
 
 
-def trained(sentences, goal, model):
-    """Return the model without a percentage of its hidden units, trained to embed sentences as the dense one does.
-
-    Any other recipe may stand here: it gets a copy of the dense model, and no scores.
-    """
-    recovery = Distill(passes=3, batch_size=32)
-    return narrower(sentences, goal, model, recovery=recovery)
+def trained(options, goal, model):
+    """Return the model without a percentage of its hidden units, trained as `smaller_encoder.yaml` in recipes does."""
+    module = EmbeddingModule(model, lr=5e-4, lr_decay=True)
+    data = SentenceDataModule(
+        model, options.calibration, options.eval, batch_size=64, train_samples=PIECES
+    )
+    pruning = PruningCallback(int(goal) / 100, pattern="structured", num_samples=1024)
+    callbacks = [pruning, DistillFromDense(weight=1.0)]
+    L.Trainer(max_epochs=1, limit_val_batches=0, logger=False, callbacks=callbacks).fit(
+        module, data
+    )
+    shrink(model)
+    return model.eval()
 
 
 def arrays(features):
@@ -61,7 +75,7 @@ def sentences(options):
         versions={name: metadata.version(name) for name in PACKAGES},
     )
     units = rows_of_units(planned, "structured", partial(narrower, texts), WIDTHS)
-    units += rows_of_units(planned, "structured, trained", partial(trained, texts), WIDTHS)
+    units += rows_of_units(planned, "structured, trained", partial(trained, options), WIDTHS)
 
     def quality(run):
         similarities = []
