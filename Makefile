@@ -77,7 +77,7 @@ $(MINILM): | .venv/demo
 	$(BIN)/python recipes/embedding/get_minilm.py .cache
 
 # The notebooks, run from the top, with their outputs in the files.
-notebooks: .venv/docs
+notebooks: .venv/docs $(MINILM)
 	OMP_NUM_THREADS=1 $(BIN)/python .ci/notebooks.py
 
 # The documentation, in docs/_build/html. Warnings are errors. Needs no network; DOCS_ONLINE=1 also links other projects.

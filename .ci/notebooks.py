@@ -9,7 +9,9 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-FOLDER = Path(__file__).parents[1] / "docs" / "notebooks"
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "docs" / "notebooks"
+CACHE = ROOT / ".cache"  # the downloaded models
 
 
 def main() -> None:
@@ -18,6 +20,7 @@ def main() -> None:
         print(file.stem, flush=True)
         notebook = nbformat.read(file, as_version=4)
         with tempfile.TemporaryDirectory() as folder:
+            Path(folder, ".cache").symlink_to(CACHE)
             NotebookClient(
                 notebook, timeout=600, record_timing=False, resources={"metadata": {"path": folder}}
             ).execute()

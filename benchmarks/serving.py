@@ -13,6 +13,7 @@ compared with those of transformers. Speeds are ratios to the dense model in the
 import copy
 import operator
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -66,6 +67,7 @@ def saved_models(options, tokenizer):
         head_dim=64,
         num_experts=8,
         num_experts_per_tok=2,
+        norm_topk_prob=True,  # as in all released models; llama.cpp knows nothing else
     )
     mixture = Result(model="Qwen3MoE-tiny-random", method="dense")
     smaller = replace(mixture, method="REAP", sparsity=0.5, pattern="experts")
@@ -89,16 +91,33 @@ def without_experts(model):
     return model
 
 
-def path_for(server, folder, template):
+def path_for(server, planned, folder, template):
     """Return what a server reads, after writing it if it is no folder; `template` is the dense .gguf file."""
     path = Path(f"{folder}{server.ending}")
-    if not path.exists():
+    # A mixture, whose weights are random, has no calibration data. `to_gguf` writes Llamas.
+    if path.suffix == ".gguf" and not planned.calibration:
+        convert(folder, path)
+    elif not path.exists():
         # torch.export does not trace what transformers does with experts by default.
         model = AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=True, experts_implementation="batched_mm"
         ).eval()
         write(model, path, template)
     return path
+
+
+def convert(folder, path):
+    """Write a .gguf file by llama.cpp's own script, which comes with the sources of llama-cpp-python."""
+    sources = FILES / "llama.cpp"
+    if not sources.exists():
+        package = f"llama-cpp-python=={version_of('llama-cpp-python')}"
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:"]
+        subprocess.run([*pip, package, "--dest", FILES], check=True)
+        (archive,) = FILES.glob("llama_cpp_python*.tar.gz")
+        shutil.unpack_archive(archive, sources)
+    (script,) = sources.rglob("convert_hf_to_gguf.py")
+    options = ["--outfile", path, "--outtype", "f32"]
+    subprocess.run([sys.executable, script, folder, *options], check=True)
 
 
 def python_of(name):
@@ -179,11 +198,8 @@ def measure(name, models, expected, prompts, options):
     with ExitStack() as stack:
         for (model, folder), tokens in zip(models, expected, strict=True):
             planned = replace(model, case={"server": name}, versions=versions)
-            # A mixture, whose weights are random, has no calibration data. `to_gguf` writes Llamas.
-            if not planned.calibration and server.ending == ".gguf":
-                continue
             try:
-                path = path_for(server, folder, options.model)
+                path = path_for(server, planned, folder, options.model)
                 process = stack.enter_context(Process(name, path))
                 own = process.continuations(prompts)
             except Exception as error:
