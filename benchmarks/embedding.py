@@ -48,7 +48,12 @@ def trained(options, goal, model):
     )
     pruning = PruningCallback(int(goal) / 100, pattern="structured", num_samples=1024)
     callbacks = [pruning, DistillFromDense(weight=1.0)]
-    choices = {"limit_val_batches": 0, "logger": False, "enable_checkpointing": False}
+    choices = {
+        "gradient_clip_val": 1.0,
+        "limit_val_batches": 0,
+        "logger": False,
+        "enable_checkpointing": False,
+    }
     L.Trainer(max_epochs=1, callbacks=callbacks, **choices).fit(module, data)
     shrink(model)
     return model.eval()
@@ -82,7 +87,8 @@ def sentences(options):
         for batch in pairs:
             ids, mask = arrays(batch)
             first, second = np.split(run(ids, None, mask)[0], 2)
-            similarities += list((first * second).sum(axis=1))
+            lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+            similarities += list((first * second).sum(axis=1) / lengths)
         return {"spearman": 100 * float(spearmanr(similarities, scores).statistic)}
 
     def clock(size, run):

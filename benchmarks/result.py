@@ -191,12 +191,15 @@ class Runs:
         saved = read(file)
         for data in ("calibration", "evaluation"):
             if getattr(saved, data) != getattr(planned, data):
-                raise ValueError(f"--save must be a folder without {file}, of other {data} data.")
+                raise ValueError(
+                    f"--save must name a folder with runs on the same data, but {file} has other {data} data."
+                )
         return saved if saved.arguments == planned.arguments else None
 
     def save(self, planned, measured):
         """Return the run with its numbers, and with `correct` if it is among them, after printing and saving it."""
         numbers = dict(measured)
+        assert numbers.keys() <= {*QUANTITIES, "correct"}, numbers.keys()
         fields = here()
         fields["versions"] |= planned.versions or {}
         result = replace(planned, correct=numbers.pop("correct", None), measured=numbers, **fields)

@@ -7,7 +7,7 @@ from support.refusals import refuses
 
 from wanda_lightning import SentenceDataModule
 from wanda_lightning.data import sentence_pairs
-from wanda_lightning.data.sentence_pairs import draw_sentences, read_pairs
+from wanda_lightning.data.sentence_pairs import draw_pieces, draw_sentences, read_pairs
 
 
 class Letters:
@@ -48,13 +48,21 @@ def test_pieces_are_words_that_follow_each_other_equally_many_in_a_batch():
         assert piece == words[start : start + len(piece)]
     lengths = [{len(piece) for piece in pieces[start : start + 8]} for start in range(0, 100, 8)]
     assert all(len(lengths_of_batch) == 1 for lengths_of_batch in lengths)
-    assert {4, 14} >= {min(map(min, lengths)), max(map(max, lengths))}
+    assert {min(map(min, lengths)), max(map(max, lengths))} == {4, 14}
     assert [len(batch["input_ids"]) for batch in data.train_dataloader()] == [8] * 12 + [4]
     again = SentenceDataModule(Letters(), [" ".join(words)], batch_size=8, train_samples=100)
     assert again.train_pieces != data.train_pieces
     again.seed = 1
     del again.train_pieces
     assert again.train_pieces == data.train_pieces
+
+
+def test_pieces_reach_the_ends_of_a_text_and_pass_over_short_ones():
+    words = [str(number) for number in range(14)]
+    pieces = draw_pieces(["a b", "", " ".join(words)], 500, seed=0, together=1)
+    assert {"0", "13"} <= {word for piece in pieces for word in piece.split()} <= {*words}
+    with pytest.raises(ValueError, match="at least 14 words"):
+        _ = SentenceDataModule(Letters(), ["a b"], train_samples=8).train_pieces
 
 
 def test_calibration_batches_hold_the_drawn_sentences_in_order():

@@ -8,7 +8,7 @@ from support.quiet import prune
 
 
 def refuses(message):
-    """Expect an error that is meant for the user, with this regular expression in its message."""
+    """Expect a ValueError with this regular expression in its message, ours or that of a library which says enough."""
     return pytest.raises(ValueError, match=message)
 
 

@@ -78,7 +78,7 @@ class StopObserver(ABC):
 
     @abstractmethod
     def finish(self, stop: Stop) -> Observation:
-        """Return what was measured since the last call, over all processes."""
+        """Return what `collect` has measured at a stop, over all processes; call it once for each stop."""
 
 
 class Observer(StopObserver):

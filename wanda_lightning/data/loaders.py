@@ -13,7 +13,7 @@ from wanda_lightning.common.aliases import Kwargs
 
 
 class ResumableLoader(DataLoader[Any]):
-    """A shuffled loader whose run may be resumed in the middle of an epoch, so that no batch comes twice.
+    """A loader whose run may be resumed in the middle of an epoch, so that no batch comes twice.
 
     The seed and the Trainer's epoch give the order, and the Trainer's progress the number of batches to skip. They are
     read with the first batch: Lightning may create the iterator before it restores its progress.
@@ -43,7 +43,10 @@ class ResumableLoader(DataLoader[Any]):
 
 
 def training_loader(data: Any, dataset: Any, **options: Any) -> ResumableLoader:
-    """Return the loader of a data module for training: shuffled anew in each epoch, by the seed of the module."""
+    """Return the loader of a data module for training.
+
+    Unless `shuffle` is false, it shuffles anew in each epoch, by the seed of the module.
+    """
     options = {"shuffle": True, **options}
     return ResumableLoader(
         dataset,

@@ -4,7 +4,7 @@ import csv
 import random
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import lru_cache
 from itertools import chain
 from math import isfinite
 from pathlib import Path
@@ -21,7 +21,8 @@ _ON_HUB = "sentence-transformers/stsb"
 _COLUMNS = ("sentence1", "sentence2", "score")
 _FEWEST_WORDS = 5  # shorter ones are mostly headings
 _DRAWN_FROM = 8  # times as many sentences
-_WORDS_OF_PIECES = range(4, 15)
+_SHORTEST = 4  # words of a piece
+_LONGEST = 14
 
 
 def check_pairs(source: str, option: str) -> None:
@@ -95,19 +96,26 @@ def draw_pieces(texts: Texts, count: int, seed: int, together: int) -> list[str]
     """Draw pieces of 4 to 14 words from anywhere in one text or in documents; a seed gives the same ones.
 
     There are far more of them than sentences in a text. The pieces of each `together` have equally many words, so that
-    a batch of them has little padding.
+    a batch of them has little padding. Documents of fewer than 14 words are passed over; without any other, there are
+    no pieces.
     """
     documents = [texts] if isinstance(texts, str) else texts
     generator = random.Random(seed)
-    words_of = cache(lambda index: documents[index].split())
+    words_of = lru_cache(maxsize=16)(lambda index: documents[index].split())
+    long_enough = [index for index, text in enumerate(documents) if _has_words(text, _LONGEST)]
     pieces: list[str] = []
-    while len(pieces) < count:
-        length = generator.choice(_WORDS_OF_PIECES)
+    while long_enough and len(pieces) < count:
+        length = generator.randint(_SHORTEST, _LONGEST)
         for _ in range(min(together, count - len(pieces))):
-            words = words_of(generator.randrange(len(documents)))
-            start = generator.randrange(max(1, len(words) - length))
+            words = words_of(generator.choice(long_enough))
+            start = generator.randint(0, len(words) - length)
             pieces.append(" ".join(words[start : start + length]))
     return pieces
+
+
+def _has_words(text: str, count: int) -> bool:
+    """Return whether a text has at least so many words, without reading much more of it."""
+    return len(text.split(maxsplit=count - 1)) == count
 
 
 def split_sentences(text: str) -> list[str]:

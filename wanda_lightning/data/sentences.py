@@ -106,10 +106,16 @@ class SentenceDataModule(L.LightningDataModule):
 
     @cached_property
     def train_pieces(self) -> list[str]:
-        """The pieces of the calibration text to train on; those of one batch have equally many words."""
+        """The pieces of the calibration text to train on; in one process, those of a batch have equally many words."""
         assert self.train_samples is not None
         text = calibration_source(self._text, self.cache_dir)
-        return draw_pieces(text, self.train_samples, self.seed, self.batch_size)
+        pieces = draw_pieces(text, self.train_samples, self.seed, self.batch_size)
+        if not pieces:
+            raise UserError(
+                f"calibration must have a text of at least 14 words to train on pieces of it, but {self.calibration} "
+                "has none."
+            )
+        return pieces
 
     @cached_property
     def evaluation_pairs(self) -> list[Pair]:
@@ -149,7 +155,7 @@ class SentenceDataModule(L.LightningDataModule):
         """Return the training pairs, shuffled anew in each epoch, or the pieces, in the order of their batches."""
         if self.train_samples:
             return training_loader(
-                self, self.train_pieces, shuffle=False, collate_fn=self._features
+                self, self.train_pieces, shuffle=False, collate_fn=self._features_without_score
             )
         return training_loader(self, self.train_pairs, collate_fn=self._paired_features)
 
@@ -173,6 +179,10 @@ class SentenceDataModule(L.LightningDataModule):
                 "a Trainer runs has one."
             )
         return dict(text_features(model, texts))
+
+    def _features_without_score(self, texts: Sequence[str]) -> Kwargs:
+        """Return the features of pieces, and None as their score: nobody has forgotten it."""
+        return {**self._features(texts), "score": None}
 
     def _paired_features(self, pairs: Sequence[Pair]) -> Kwargs:
         """Return the features of all first sentences, then of all second ones, and the scores."""

@@ -32,10 +32,10 @@ class EmbeddingModule(L.LightningModule):
     A batch is a mapping with the features of sentences, as the model's `preprocess` or `tokenize` returns them, such as
     `input_ids` and `attention_mask`. For pairs, the first half of its rows are the first sentences, the second half the
     second ones, and `score` has the shape (pairs,); `SentenceDataModule` makes such batches. The loss is the squared
-    difference between the cosine similarity and the score, from 0 to 1. Sentences without scores have a loss of 0, to
-    which `DistillFromDense` adds the distance to the embeddings of the dense model. The module logs `train_loss`,
-    `val_spearman` and `test_spearman`, the Spearman correlation of the similarities with the scores, times 100;
-    `predict` returns the embeddings.
+    difference between the cosine similarity and the score, from 0 to 1. With None as `score`, the loss is 0, so that
+    `DistillFromDense` alone says what is learned; the model then trains as in evaluation, without dropout and without
+    checkpoints of its blocks. The module logs `train_loss` (with scores), `val_spearman` and `test_spearman`, the
+    Spearman correlation of the similarities with the scores, times 100; `predict` returns the embeddings.
 
     Args:
         model: Hub id or folder of a model of sentence-transformers, or a loaded model.
@@ -107,8 +107,8 @@ class EmbeddingModule(L.LightningModule):
         return F.cosine_similarity(first, second)
 
     def training_step(self, batch: Features, batch_idx: int) -> Tensor:
-        """Return the mean squared difference between the similarities and the scores; 0 without scores."""
-        scores = batch.get("score")
+        """Return the mean squared difference between the similarities and the scores; 0 if `score` is None."""
+        scores = batch["score"]
         if scores is None:
             # For `DistillFromDense`, which compares what this call embeds. Dropout would only blur it.
             with evaluating(self.model):
