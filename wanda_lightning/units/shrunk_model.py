@@ -4,6 +4,8 @@ The functions are copied into the file of a saved folder, which must work withou
 names than each other's, `Any`, timm, torch and three names of types.
 """
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch
@@ -74,7 +76,7 @@ def read_tensors(config: dict[str, Any], cache_dir: Any) -> Tensors:
     """Read the file of a model, wherever timm finds it."""
     import timm
 
-    tensors = {}
+    tensors: Tensors = {}
 
     def collect(state: Tensors, model: nn.Module) -> Tensors:
         # `load_pretrained` loads what a filter returns into the model, but here the file is only read.

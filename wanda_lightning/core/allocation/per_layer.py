@@ -70,8 +70,9 @@ class PerLayer(Allocation):
         highest = (given.zeros + given.other_size) / size
         if not _is_reachable(sparsity, lowest, highest):
             raise UserError(
-                f"sparsity must be from {lowest:.4f} to {highest:.4f} with this PerLayer, but it is {sparsity:g}. Give "
-                "another sparsity, or other values in PerLayer."
+                f"sparsity must be from {lowest:.4f} to {highest:.4f} with this PerLayer, whose layers have a fraction "
+                f"{1 - given.other_size / size:.4f} of the weights, but it is {sparsity:g}. Give another sparsity, or "
+                "other values in PerLayer."
             )
 
     def scaled(self, fraction: float) -> PerLayer:
