@@ -2,7 +2,7 @@
 
     pip install onnx onnxscript onnxruntime openvino nncf
     python benchmarks/embedding.py --model .cache/all-MiniLM-L6-v2 --calibration c4_sample.txt --eval stsb \
-        --runs 20 --save benchmarks/results
+        --runs 10 --save benchmarks/results
 
 Scores are those of the files themselves: the Spearman correlation with the scores of the pairs, times 100. Speeds are
 ratios to dense float32 in the same program, whose files take turns: medians of `--runs` rounds with 32 sentences of 64
