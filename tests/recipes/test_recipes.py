@@ -68,6 +68,7 @@ SMALLER = {
     "smaller": TRAIN,
     "gradual": f"{TEXT} --data.seqlen=8 --data.train_samples=61",
     "smaller_encoder": f"{ENCODER} --data.train_samples=8",
+    "encoder_on_pairs": f"{ENCODER} --data.train=pairs.csv",
     "convnext_finetune": "--model.model=local-dir:convnext --data.data={inputs}/images --data.num_workers=0"
     " --data.image_size=32",
     "digits_vit": "--trainer.max_epochs=1 --trainer.limit_train_batches=2 --trainer.limit_val_batches=1",
