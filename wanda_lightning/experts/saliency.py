@@ -123,7 +123,7 @@ class ExpertSaliency(StopObserver):
 
 
 class _Routing(NamedTuple):
-    """What the experts of a mixture add for each token, each tensor (tokens, k)."""
+    """What the experts of a mixture add for each token; each tensor has the shape (tokens, k)."""
 
     tokens: Tensor  # the inputs, (tokens, d_in)
     experts: Tensor  # indices

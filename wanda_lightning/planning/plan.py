@@ -33,7 +33,7 @@ from wanda_lightning.parallel import SINGLE_PROCESS, Processes, is_sharded
 
 @dataclass(frozen=True)
 class DenseStatistics:
-    """What allocations and patterns read of the dense model, by layer."""
+    """Statistics of the dense model that allocations and patterns read, by layer."""
 
     inputs: Inputs = field(default_factory=dict)
     gradients: Mapping[str, GradientStatistics] = field(default_factory=dict)

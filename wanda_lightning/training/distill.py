@@ -160,7 +160,7 @@ def _run_samples(dense: DenseModel, head: Module | None) -> list[list[_Item]]:
 
 
 class _Settings(NamedTuple):
-    """What `Distill` leaves open, as given or chosen."""
+    """The settings that `Distill` may leave open, as they were given or chosen."""
 
     batch_size: int
     passes: int

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from wanda_lightning.common.checks import Number, check_values
+from wanda_lightning.common.checks import Number
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.layer_names import matches, refuse_unmatched
 from wanda_lightning.core.allocation.allocation import (
@@ -19,6 +19,7 @@ from wanda_lightning.core.allocation.allocation import (
 )
 
 _OPTION = "PerLayer pattern"
+_SPARSITY = Number(minimum=0, below=1)
 _AS_PRINTED = 1e-4  # accept a mean with the four digits that the error message shows
 
 
@@ -51,8 +52,10 @@ class PerLayer(Allocation):
     def __post_init__(self) -> None:
         pairs = tuple(dict(self.sparsities).items())
         for pattern, sparsity in pairs:
-            name = f"sparsity of {pattern!r} in PerLayer"
-            check_values(Number(minimum=0, below=1), **{name: sparsity})
+            if sparsity not in _SPARSITY:
+                raise UserError(
+                    f"sparsity of {pattern!r} in PerLayer must be {_SPARSITY}, but it is {sparsity!r}."
+                )
         object.__setattr__(self, "sparsities", pairs)
 
     def check(self, layers: Layers, sparsity: float) -> None:
