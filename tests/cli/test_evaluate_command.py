@@ -11,7 +11,14 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from support.cli import IGNORED_WARNINGS, SEQLEN, perplexity_by_hand, run, save_noise
+from support.cli import (
+    IGNORED_WARNINGS,
+    SEQLEN,
+    agreement_by_hand,
+    perplexity_by_hand,
+    run,
+    save_noise,
+)
 from support.data import byte_tokenizer
 from support.reports import read_json
 from support.tasks import DOCUMENTS, accuracies_by_hand, tiny_llama, tiny_tokenizer, write_tasks
@@ -71,22 +78,36 @@ def test_models_side_by_side(stored, inputs, side_by_side, tmp_path, capsys):
     assert written["config"]["limit"] == 5
     assert sorted(os.listdir(tmp_path)) == ["copy", "mine", "out"]
     results = written["models"]
-    assert results["copy"] == results[dense]
+    for text in texts:
+        assert results["copy"][text].items() >= results[dense][text].items()
+        assert results["copy"][text]["same_top"] == 1
+        assert results["copy"][text]["kl_divergence"] == pytest.approx(0, abs=1e-6)
     for folder in (dense, pruned):
         model = AutoModelForCausalLM.from_pretrained(folder)
         zeros = sum(int((parameter == 0).sum()) for parameter in model.parameters())
         assert zeros == (64 * 32 / 2 if folder == pruned else 0)
         assert results[folder]["sparsity"]["model"] == zeros / model.num_parameters()
-        for text in texts:
-            assert results[folder][text] == {
-                "perplexity": pytest.approx(
-                    perplexity_by_hand(model, Path(text).read_text(), 5), rel=1e-6
-                ),
-                "windows": 5,
-            }
+        for path in texts:
+            text = Path(path).read_text()
+            found = results[folder][path]
+            assert found["perplexity"] == pytest.approx(
+                perplexity_by_hand(model, text, 5), rel=1e-6
+            )
+            assert found["windows"] == 5
+            if folder == pruned:
+                by_hand = agreement_by_hand(
+                    AutoModelForCausalLM.from_pretrained(dense), model, text, 5
+                )
+                assert found.items() >= by_hand.items()
+            else:
+                assert "same_top" not in found
         for name in ("arc_easy", "boolq"):
             by_hand = accuracies_by_hand(model, tiny_tokenizer(), name, DOCUMENTS[name])
             assert results[folder][name]["acc"] == by_hand["acc"]
+            change = results[folder][name]["acc"] - results[dense][name]["acc"]
+            if folder == pruned:
+                flips = results[folder][name]
+                assert change == flips["wrong_to_right"] - flips["right_to_wrong"]
 
     out = capsys.readouterr().out
     before = results[dense][texts[0]]["perplexity"]
@@ -130,11 +151,12 @@ def accuracies_of_images(model, images):
     ranks = []
     for path, order in zip(paths, logits.argsort(descending=True).tolist(), strict=True):
         ranks.append(order.index(int(path.parent.name)))
-    return {
-        "top-1": pytest.approx(sum(rank < 1 for rank in ranks) / 24),
-        "top-5": pytest.approx(sum(rank < 5 for rank in ranks) / 24),
-        "images": 24,
-    }
+    results = {"images": 24}
+    for name, places in (("top-1", 1), ("top-5", 5)):
+        share = sum(rank < places for rank in ranks) / 24
+        results[name] = pytest.approx(share)
+        results[f"{name}_stderr"] = pytest.approx((share * (1 - share) / 24) ** 0.5)
+    return results
 
 
 def test_image_classifiers_side_by_side(stored, capsys):
@@ -150,8 +172,10 @@ def test_image_classifiers_side_by_side(stored, capsys):
     found = read_json("results.json")["models"]
     assert list(found) == [name, f"{name} weights.safetensors"]
     for results, model in zip(found.values(), models, strict=True):
-        assert results[f"{stored}/images"] == accuracies_of_images(model, stored / "images")
+        by_hand = accuracies_of_images(model, stored / "images")
+        assert results[f"{stored}/images"].items() >= by_hand.items()
         assert results["sparsity"] == {"layers": 0.0, "model": sparsity_of(model)["model"]}
+    assert found[f"{name} weights.safetensors"][f"{stored}/images"]["kl_divergence"] > 0
 
 
 # Options, and what is said about them.
@@ -160,6 +184,7 @@ REFUSED = """
 --tasks boolq -> cannot be downloaded from the Hugging Face hub. Put them into files: --tasks_dir DIR
 --dense INPUTS/images -> key in its config.json
 --model other -> but other splits
+--model wide -> has 400 tokens and wide has 480. Leave --dense out
 --model mute -> tokenizer must be given
 --model bin -> the only format that is read, but bin has config.json, pytorch_model.bin. Convert a
 """
@@ -167,10 +192,14 @@ REFUSED = """
 
 @pytest.mark.parametrize("case", REFUSED.strip().splitlines())
 def test_refused_before_anything_is_measured(stored, side_by_side, refused, monkeypatch, case):
-    for function in ("measure", "zero_shot"):
+    for function in ("measure", "answer"):
         monkeypatch.setattr(f"wanda_lightning.cli.evaluate_command.{function}", None)
-    for name in ("other", "mute"):
+    for name in ("other", "mute", "wide"):
         tiny_llama(0).save_pretrained(name)
+    config = tiny_llama(0).config
+    config.vocab_size = 480
+    config.save_pretrained("wide")
+    tiny_tokenizer().save_pretrained("wide")
     byte_tokenizer().save_pretrained("other")
     tiny_llama(0).config.save_pretrained("bin")
     Path("bin/pytorch_model.bin").touch()

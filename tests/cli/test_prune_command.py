@@ -21,6 +21,7 @@ from support.cli import (
     IGNORED_WARNINGS,
     OUT,
     SEQLEN,
+    agreement_by_hand,
     everything_in,
     perplexity_by_hand,
     run,
@@ -35,6 +36,7 @@ from wanda_lightning import PruningReport
 from wanda_lightning.cli import parse_options
 from wanda_lightning.cli.sample_text import PROMPTS
 from wanda_lightning.report import Circumstances, Measured
+from wanda_lightning.streaming.measure_perplexity import measured_from_disk
 from wanda_lightning.streaming.streamed_weights import StreamedWeights
 
 pytestmark = IGNORED_WARNINGS
@@ -82,9 +84,12 @@ def test_the_flags_of_the_reference_prune_and_measure(inputs, choices):
     measured = report_in("out/logs").run
     assert measured.before == pytest.approx(perplexity_by_hand(dense, text, 6), rel=1e-6)
     assert measured.after == pytest.approx(perplexity_by_hand(pruned, text, 6), rel=1e-6)
-    assert Path(f"out/logs/log_{method}.txt").read_text() == (
-        f"method\tactual_sparsity\tppl_test\n{method}\t{reached:.4f}\t{measured.after:.4f}\n"
-    )
+    agreement = measured.agreement
+    assert agreement.items() >= agreement_by_hand(dense, pruned, text, 6).items()
+    titles, values = Path(f"out/logs/log_{method}.txt").read_text().splitlines()
+    assert titles == "\t".join(["method", "actual_sparsity", "ppl_test", *agreement])
+    assert values.startswith(f"{method}\t{reached:.4f}\t{measured.after:.4f}\t")
+    assert f"\t{agreement['same_top']:.6g}\t" in values
 
 
 @pytest.mark.parametrize(("method", "pattern"), [("wanda", "2:4"), ("magnitude", "unstructured")])
@@ -103,6 +108,9 @@ def test_the_report_describes_the_run(inputs, method, pattern):
         metric="perplexity",
         before=report.run.before,
         after=report.run.after,
+        before_error=report.run.before_error,
+        after_error=report.run.after_error,
+        agreement=report.run.agreement,
         data=f"{inputs}/other.txt, 6 windows of {SEQLEN} tokens",
         calibration=calibration if reads_data else "",
         costs=report.run.costs,
@@ -199,7 +207,7 @@ def test_an_image_classifier(inputs, images, capsys, name, method, group):
     assert "stayed at 25.00%." in capsys.readouterr().out
     report = report_in("out")
     log = Path(f"out/log_{method}.txt").read_text()
-    assert log.endswith(f"\n{method}\t{report.sparsity:.4f}\t0.2500\n")
+    assert f"\n{method}\t{report.sparsity:.4f}\t0.2500\t" in log
 
     assert report.run == Circumstances(
         command=report.run.command,
@@ -207,11 +215,17 @@ def test_an_image_classifier(inputs, images, capsys, name, method, group):
         metric="top-1",
         before=0.25,
         after=0.25,
+        before_error=pytest.approx((0.25 * 0.75 / 8) ** 0.5),
+        after_error=pytest.approx((0.25 * 0.75 / 8) ** 0.5),
+        agreement=report.run.agreement,
         data=f"{inputs}/images, 8 images",
         calibration="" if method == "magnitude" else f"{inputs}/images, 6 images, seed 0",
         costs=report.run.costs,
         date=report.run.date,
     )
+
+    assert report.run.agreement["same_top"] == 1
+    assert report.run.agreement["predictions"] == 8
 
     pruned = timm.create_model("local-dir:out/model", pretrained=True)
     for layer in report.layers:
@@ -242,7 +256,7 @@ REFUSED = f"""
 
 @pytest.mark.parametrize("case", REFUSED.strip().splitlines())
 def test_refused_for_a_language_model(inputs, text, refused, monkeypatch, case):
-    for name in ("measure", "perplexity_from_disk"):
+    for name in ("measure", "measured_from_disk"):
         monkeypatch.setattr(f"wanda_lightning.cli.prune_command.{name}", None)
     Path("bin").mkdir()
     shutil.copy(inputs / "llama/config.json", "bin")
@@ -291,19 +305,23 @@ def test_a_streamed_run_measures_what_one_in_memory_does(streamed_options, input
         assert result.data == by_memory.data
         assert result.before == pytest.approx(by_memory.before, rel=1e-5)
         assert result.after == pytest.approx(by_memory.after, rel=1e-5)
+        assert result.after_error == pytest.approx(by_memory.after_error, rel=1e-4)
+        assert result.agreement == pytest.approx(by_memory.agreement, rel=1e-3)
     assert results[0].after != results[1].after
 
 
 def test_a_streamed_run_that_was_interrupted_goes_on(streamed_options, monkeypatch):
     command = [*streamed_options, "--stream", *OUT]
 
-    def interrupt(source, *_, **__):
-        if source == "out/model":
+    calls = itertools.count()
+
+    def interrupt(*arguments, **options):
+        if next(calls) == 2:  # after both texts by the dense model
             signal.raise_signal(signal.SIGINT)
-        return 1.0
+        return measured_from_disk(*arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr("wanda_lightning.cli.prune_command.perplexity_from_disk", interrupt)
+        patched.setattr("wanda_lightning.cli.prune_command.measured_from_disk", interrupt)
         assert run(*command) == 130
     assert not Path("out/pruning_report.json").exists()
     monkeypatch.setattr(StreamedWeights, "visits", None)  # nothing is pruned again

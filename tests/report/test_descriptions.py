@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.reports import AGREEMENT
 from torch import nn
 
 from wanda_lightning import Fisher, PruningConfig, prune
@@ -9,6 +10,7 @@ from wanda_lightning.report import Measured
 from wanda_lightning.report.descriptions import (
     PERPLEXITY,
     TOP1,
+    agreement_in_a_sentence,
     change_of,
     limits_of,
     method_in_words,
@@ -17,6 +19,7 @@ from wanda_lightning.report.descriptions import (
 
 def test_results_and_their_changes():
     assert [TOP1.text(value) for value in (0.8125, None)] == ["81.25%", "not measured"]
+    assert TOP1.text(0.8125, 0.0125) == "81.25% ± 1.25"
     values = (16.058, 12345.6, float("inf"))
     assert [PERPLEXITY.text(value) for value in values] == ["16.06", "12,345.60", "not finite"]
     assert (TOP1.change(0.9, 0.875), PERPLEXITY.change(16.0, 20.0)) == ("-2.50 points", "+25.0%")
@@ -26,6 +29,19 @@ def test_results_and_their_changes():
         change_of(TOP1, result)
         == "Top-1 accuracy on digits (360 images) fell from 90.00% to 87.50%."
     )
+
+
+def test_agreement_with_the_dense_model_in_a_sentence():
+    result = Measured("wikitext2, 83 windows of 2,048 tokens", 16.0, 18.0, agreement=AGREEMENT)
+    assert agreement_in_a_sentence(result) == (
+        "Beside the dense model on wikitext2, 12,264 predictions: Same top prediction 71.23% ± 0.42; "
+        "KL divergence 0.2567 ± 0.0031; KL divergence, 99th percentile 2.5000."
+    )
+    embeddings = Measured(
+        "stsb, 1,379 pairs", 82.0, 81.0, agreement={"cosine": 0.95, "predictions": 2758}
+    )
+    assert "Cosine to the dense embedding 0.9500." in agreement_in_a_sentence(embeddings)
+    assert agreement_in_a_sentence(Measured("wikitext2", 16.0, 18.0)) == ""
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import save_file
+from support.modules import slow_kl_divergence
 from support.zoo import save_llama_of_bytes
 
 from wanda_lightning.cli import main
@@ -57,6 +58,22 @@ def perplexity_by_hand(model, text, windows=None, seqlen=SEQLEN):
     with torch.no_grad():
         losses = [model(input_ids=window[None], labels=window[None]).loss.item() for window in ids]
     return math.exp(sum(losses) / len(losses))
+
+
+def agreement_by_hand(dense, pruned, text, windows):
+    """The share of tokens with the same most likely prediction, and the mean divergence, with a loop over tokens."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(dense.name_or_path)
+    ids = torch.tensor(tokenizer(text).input_ids)[: windows * SEQLEN].view(-1, SEQLEN)
+    with torch.no_grad():
+        before = dense(ids).logits[:, :-1].flatten(0, 1)
+        after = pruned(ids).logits[:, :-1].flatten(0, 1)
+    divergences = list(map(slow_kl_divergence, before, after))
+    same = (before.argmax(-1) == after.argmax(-1)).double().mean().item()
+    return {
+        "same_top": pytest.approx(same),
+        "kl_divergence": pytest.approx(sum(divergences) / len(divergences), rel=1e-3, abs=1e-7),
+        "predictions": len(divergences),
+    }
 
 
 def everything_in(folder):

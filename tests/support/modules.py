@@ -75,3 +75,10 @@ MASKS = {
         torch.arange(ids.shape[1]) >= torch.tensor([0, 9, 22, 23, 24, 3, 5])[:, None]
     ).long(),
 }
+
+
+def slow_kl_divergence(dense, pruned):
+    """KL(dense || pruned) of two rows of logits, summed in float64 over the classes."""
+    p = dense.double().softmax(-1).tolist()
+    q = pruned.double().softmax(-1).tolist()
+    return sum(x * math.log(x / y) for x, y in zip(p, q, strict=True) if x > 0)

@@ -73,6 +73,9 @@ def llama_report(blocks=30):
             metric="perplexity",
             before=16.06,
             after=18.93,
+            before_error=0.312,
+            after_error=0.406,
+            agreement=AGREEMENT,
             data="sklearn-docs, 24 windows of 512 tokens",
             others=(Measured("python-docs, 32 windows of 512 tokens", 12.95, 14.72),),
             calibration="python-docs, 32 windows of 512 tokens, seed 0",
@@ -98,6 +101,16 @@ def _layer(block, number, kind, shape):
     return PrunedLayer(
         f"{name}.{kind}", shape, sparsity, sparsity, 16384, note, block=name, error=error
     )
+
+
+AGREEMENT = {
+    "same_top": 0.71234,
+    "same_top_stderr": 0.0042,
+    "kl_divergence": 0.25671,
+    "kl_divergence_stderr": 0.0031,
+    "kl_divergence_p99": 2.5,
+    "predictions": 12264,
+}
 
 
 class Page(HTMLParser):

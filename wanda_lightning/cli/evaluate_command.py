@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
@@ -12,11 +12,13 @@ from wanda_lightning.cli.options import File, Measurements, Models, values_of
 from wanda_lightning.cli.printing import print_line, print_table
 from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.model_source import load_tokenizer
+from wanda_lightning.common.model_source import load_config, load_tokenizer
 from wanda_lightning.data.images import ImageDataModule
 from wanda_lightning.data.sentences import SentenceDataModule
 from wanda_lightning.data.text import TextDataModule
-from wanda_lightning.evaluation import Evaluation, Results, load_tasks, sparsity_of, zero_shot
+from wanda_lightning.evaluation import Evaluation, Results, load_tasks, sparsity_of
+from wanda_lightning.evaluation.tasks import Answers, answer, flips
+from wanda_lightning.modules.agreement import Agreement
 from wanda_lightning.modules.model_loading import check_source
 
 _HEADINGS = {"val_accuracy": "top-1", "val_accuracy_top5": "top-5"}
@@ -27,8 +29,17 @@ class _Prepared:
     """A model that will be measured, and its data; a classifier is already loaded, since it decides on transforms."""
 
     name: str
+    is_dense: bool
     classifier: Any
     data: Any  # None: neither perplexity nor accuracy is measured
+
+
+@dataclass
+class _Dense:
+    """What the dense model has predicted and answered, which is empty without one; others are compared with it."""
+
+    agreement: Agreement = field(default_factory=Agreement)
+    answers: Answers = field(default_factory=dict)
 
 
 def evaluate(models: Models, data: Measurements, results: File) -> None:
@@ -50,17 +61,34 @@ def _measure_each(models: Models, data: Measurements) -> dict[str, Results]:
     if models.is_language:
         for name in models.all:
             check_source(models.source(name))
+        _refuse_other_vocabularies(models)
     tasks = load_tasks(data.tasks, data.tasks_dir, models.cache_dir)
     if tasks and not all(load_tokenizer(models.source(name)) for name in models.all):
         raise UserError("--tasks need models with a tokenizer. Save it beside the weights.")
 
     prepared = _prepare(models, data)
+    dense = _Dense()
     measured = {}
     for title in list(prepared):
-        measured[title] = _measure_one(models, data, tasks, prepared.pop(title))
+        measured[title] = _measure_one(models, data, tasks, prepared.pop(title), dense)
         # The module, its data and the Trainer refer to each other, so the model stays until it is collected.
         gc.collect()
     return measured
+
+
+def _refuse_other_vocabularies(models: Models) -> None:
+    """Refuse a dense model that has other classes to predict than one that is compared with it."""
+    sizes = {
+        name: load_config(models.source(name)).get_text_config().vocab_size for name in models.all
+    }
+    dense, *others = sizes.items()
+    for name, size in others:
+        if models.dense and size != dense[1]:
+            raise UserError(
+                f"--dense must have the vocabulary of --model, since their predictions are compared, but {dense[0]} "
+                f"has {dense[1]:,} tokens and {name} has {size:,}. Leave --dense out, or name the model that was "
+                "pruned."
+            )
 
 
 def _prepare(models: Models, data: Measurements) -> dict[str, _Prepared]:
@@ -79,7 +107,7 @@ def _prepare(models: Models, data: Measurements) -> dict[str, _Prepared]:
             classifier = load(models, name, checkpoint)
         if models.is_image or data.evaluation:
             source = data_for(models, data, name, classifier)
-        prepared[title] = _Prepared(name, classifier, source)
+        prepared[title] = _Prepared(name, title == models.dense, classifier, source)
         if isinstance(source, TextDataModule):
             _refuse_other_tokens(source, next(iter(prepared.values())).data, title)
     return prepared
@@ -95,32 +123,51 @@ def _refuse_other_tokens(texts: TextDataModule, first: Any, name: str) -> None:
             )
 
 
-def _measure_one(models: Models, data: Measurements, tasks: Kwargs, prepared: _Prepared) -> Results:
+def _measure_one(
+    models: Models, data: Measurements, tasks: Kwargs, prepared: _Prepared, dense: _Dense
+) -> Results:
     """Load a language model; measure sparsity, perplexity or accuracy, and the tasks."""
     module = prepared.classifier or load(models, prepared.name)
     results = {"sparsity": sparsity_of(module.model)}
     if prepared.data is not None:
-        results |= _results(measure(module, prepared.data), prepared.data)
+        metrics = measure(module, prepared.data, dense.agreement, prepared.is_dense)
+        results |= _results(metrics, prepared.data)
+        for number, values in enumerate(
+            list(results.values())[1:]
+        ):  # the first are of the sparsity
+            values |= dense.agreement.metrics(number)
     if tasks:
-        results |= zero_shot(
+        accuracies, answers = answer(
             module.model, module.tokenizer, tasks, data.batch_size or 4, data.task_limit
         )
+        for name, shares in flips(dense.answers, answers).items():
+            accuracies[name] |= shares
+        if prepared.is_dense:
+            dense.answers = answers
+        results |= accuracies
     return results
 
 
 def _results(metrics: Mapping[str, float], data: Any) -> Results:
     """Return the metrics of each data set, with the number of windows, pairs or images."""
+
+    def named(headings: Mapping[str, str]) -> dict[str, float]:
+        values = {}
+        for name, heading in headings.items():
+            for suffix in ("", "_stderr"):
+                if name + suffix in metrics:
+                    values[heading + suffix] = metrics[name + suffix]
+        return values
+
     results = {}
     if isinstance(data, ImageDataModule):
         images: Any = data.val_dataloader().dataset
-        accuracies = {
-            heading: metrics[name] for name, heading in _HEADINGS.items() if name in metrics
-        }
-        results[data.data] = {**accuracies, "images": len(images)}
+        results[data.data] = {**named(_HEADINGS), "images": len(images)}
     elif isinstance(data, SentenceDataModule):
         pairs = len(data.evaluation_pairs)
         results[data.evaluation] = {"spearman": metrics["val_spearman"], "pairs": pairs}
     else:
         for text, name in zip(data.evaluations, logged_results(data), strict=True):
-            results[text] = {"perplexity": metrics[name], "windows": len(data.windows_of(text))}
+            windows = len(data.windows_of(text))
+            results[text] = {**named({name: "perplexity"}), "windows": windows}
     return results

@@ -1,6 +1,7 @@
 """Measure a model with one validation loop: its metrics, and its speed."""
 
 import logging
+from math import isnan, sqrt
 from time import perf_counter
 from typing import Any
 
@@ -12,6 +13,8 @@ from wanda_lightning.cli.model_and_data import AnyData
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.data.images import ImageDataModule
 from wanda_lightning.data.text import TextDataModule
+from wanda_lightning.modules import CausalLMModule
+from wanda_lightning.modules.agreement import Agreement
 from wanda_lightning.report.descriptions import PERPLEXITY, SPEARMAN, TOP1, Metric
 
 
@@ -19,40 +22,78 @@ class BatchClock(L.Callback):
     """Time the batches of a validation loop.
 
     `speed` is the number of tokens or images per second of the fastest batch, which other work of the machine has
-    disturbed least. It is 0 until a second batch starts, since a batch is timed until the next one starts.
+    disturbed least. It is 0 until a second batch has run, since the first one warms up.
     """
 
     speed = 0.0
     _started = 0.0
-    _size = 0
 
-    def on_validation_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, *indices: int
+    def on_validation_batch_start(self, *arguments: Any) -> None:
+        """Start the clock."""
+        self._started = _now()
+
+    def on_validation_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, index: int, *_: int
     ) -> None:
-        """Time the previous batch."""
-        # The CPU only queues what an accelerator computes.
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        now = perf_counter()
-        if self._size:
-            self.speed = max(self.speed, self._size / (now - self._started))
-        self._started = now
-        self._size = batch["input_ids"].numel() if isinstance(batch, dict) else len(batch[0])
+        """Stop the clock."""
+        size = batch["input_ids"].numel() if isinstance(batch, dict) else len(batch[0])
+        if index > 0:
+            self.speed = max(self.speed, size / (_now() - self._started))
 
 
-def measure(module: L.LightningModule, data: AnyData) -> dict[str, float]:
-    """Run one validation loop, and return its metrics, with the `speed` if there are two batches or more."""
+def _now() -> float:
+    # The CPU only queues what an accelerator computes.
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return perf_counter()
+
+
+class _Comparison(L.Callback):
+    """Lets an `Agreement` see each batch, and reads the standard errors of perplexities before they are reset."""
+
+    def __init__(self, agreement: Agreement) -> None:
+        self.errors: dict[str, float] = {}
+        self._agreement = agreement
+
+    def on_validation_batch_end(
+        self,
+        trainer: Any,
+        pl_module: Any,
+        outputs: Any,
+        batch: Any,
+        index: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Store or compare the predictions."""
+        self._agreement.add(batch, index, dataloader_idx)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Read the standard errors."""
+        if isinstance(pl_module, CausalLMModule):
+            self.errors = pl_module.standard_errors()
+
+
+def measure(module: Any, data: AnyData, agreement: Agreement, is_dense: bool) -> dict[str, float]:
+    """Run one validation loop, and return its metrics.
+
+    There are also the standard errors of perplexities and accuracies (`_stderr`), and the `speed` if there are two
+    batches or more. `agreement` stores the predictions of the dense model, or compares others with them.
+    """
     # Lightning would describe the hardware.
     logging.getLogger("lightning.pytorch").setLevel("WARNING")
     clock = BatchClock()
-    with ProgressBar("Measuring", None) as bar:
+    comparison = _Comparison(agreement)
+    with (
+        ProgressBar("Measuring", None) as bar,
+        agreement.watching(module.model, is_dense),
+    ):
         progress = LambdaCallback(
             on_validation_start=lambda trainer, _: bar.expect(sum(trainer.num_val_batches)),
             on_validation_batch_end=lambda *_: bar.advance(),
         )
         trainer = L.Trainer(
             devices=1,
-            callbacks=[clock, progress],
+            callbacks=[clock, comparison, progress],
             logger=False,
             enable_checkpointing=False,
             enable_model_summary=False,
@@ -61,9 +102,25 @@ def measure(module: L.LightningModule, data: AnyData) -> dict[str, float]:
         trainer.validate(module, data, verbose=False)
 
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    errors = comparison.errors
+    if isinstance(data, ImageDataModule):
+        images: Any = data.val_dataloader().dataset
+        errors = {
+            name: _error_of_share(metrics[name], len(images))
+            for name in metrics
+            if "accuracy" in name
+        }
+    for name, error in errors.items():
+        if not isnan(error):  # as for a single window
+            metrics[f"{name}_stderr"] = error
     if clock.speed:
         metrics["speed"] = clock.speed
     return metrics
+
+
+def _error_of_share(share: float, count: int) -> float:
+    """Return the standard error of a share of independent samples."""
+    return sqrt(share * (1 - share) / count)
 
 
 def metric_of(data: AnyData) -> Metric:

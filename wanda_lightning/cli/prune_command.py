@@ -25,6 +25,7 @@ from wanda_lightning.cli.saving import upload_saved, write_results
 from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.atomic_write import require_writable, resolve_path
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.data.images import ImageDataModule
 from wanda_lightning.data.own_text import sample_windows
@@ -33,12 +34,20 @@ from wanda_lightning.data.text import TextDataModule
 from wanda_lightning.data.text_sources import SELF
 from wanda_lightning.engine.prune import prune_as, removal_of
 from wanda_lightning.evaluation import Evaluation, load_tasks, zero_shot
+from wanda_lightning.modules.agreement import Agreement
 from wanda_lightning.modules.model_loading import check_source, model_from_config
 from wanda_lightning.planning.plan import make_plan, refuse_unprunable
 from wanda_lightning.report import Circumstances, Continuations, Measured, PruningReport
-from wanda_lightning.report.descriptions import METRICS, change_of, cost_of
-from wanda_lightning.streaming import perplexity_from_disk, shrink_from_disk
+from wanda_lightning.report.descriptions import (
+    METRICS,
+    agreement_in_a_sentence,
+    change_of,
+    cost_of,
+)
+from wanda_lightning.streaming import shrink_from_disk
+from wanda_lightning.streaming.checkpoint import Checkpoint
 from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_whole_model
+from wanda_lightning.streaming.measure_perplexity import measured_from_disk
 from wanda_lightning.streaming.output_folder import PROGRESS_NAME, require_resumable
 
 _MIB = 2**20
@@ -61,6 +70,7 @@ class _Pruned:
     data: AnyData
     dense: _Measurement
     pruned: _Measurement
+    agreement: Agreement
     save: Callable[[bool], object]  # True leaves out the hidden units that are zero
 
 
@@ -118,10 +128,12 @@ def _prune_in_memory(config: PruningConfig, options: PruneOptions) -> Iterator[_
     # The Trainer of a measurement chooses the same one.
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
-    def measurement() -> _Measurement:
+    agreement = Agreement()
+
+    def measurement(is_dense: bool) -> _Measurement:
         measured = _Measurement()
         if data.evaluation:
-            measured.metrics.update(measure(module, source))
+            measured.metrics.update(measure(module, source, agreement, is_dense))
         module.to(device)  # at its end, the Trainer moves the model to the CPU
         if results.report and model.is_language:
             measured.texts.extend(continuations(module.model, module.tokenizer))
@@ -130,16 +142,16 @@ def _prune_in_memory(config: PruningConfig, options: PruneOptions) -> Iterator[_
     def on_device(batch: Any) -> Any:
         return module.transfer_batch_to_device(batch, device, 0)
 
-    dense = measurement()
+    dense = measurement(is_dense=True)
     report = prune_as(
         plan,
         batches,
         forward=lambda batch: module.calibration_step(on_device(batch)),
         predict=lambda batch: module.calibration_predictions(on_device(batch)),
     )
-    pruned = measurement()
+    pruned = measurement(is_dense=False)
     save = partial(module.save_pretrained, results.save_model, results.overwrite)
-    yield _Pruned(report, module, source, dense, pruned, save)
+    yield _Pruned(report, module, source, dense, pruned, agreement, save)
 
 
 @contextmanager
@@ -162,23 +174,31 @@ def _prune_from_disk(config: PruningConfig, options: PruneOptions) -> Iterator[_
     source: Any = data_for(model, data, model.model)
     batches = source.calibration_dataloader()
 
-    def measurement(path: str, dtype: str = "auto") -> _Measurement:
+    agreement = Agreement()
+
+    def measurement(path: str, is_dense: bool, dtype: str = "auto") -> _Measurement:
         measured = _Measurement()
         if data.evaluation:
             loaders = source.val_dataloader()
             if not isinstance(loaders, list):
                 loaders = [loaders]
-            for name, loader in zip(logged_results(source), loaders, strict=True):
-                measured.metrics[name] = perplexity_from_disk(
-                    path, loader, dtype=dtype, device=results.device, **hub.hub
-                )
+            checkpoint = Checkpoint(ModelSource(path, **hub.hub), dtype, results.device)
+            with agreement.watching(checkpoint.model, is_dense):
+                for number, name in enumerate(logged_results(source)):
+                    after_batch = partial(agreement.add, data=number)
+                    metric = measured_from_disk(
+                        checkpoint, loaders[number], after_batch=after_batch
+                    )
+                    measured.metrics[name] = float(metric.compute())
+                    if metric.windows > 1:
+                        measured.metrics[f"{name}_stderr"] = metric.standard_error()
         return measured
 
     def save(shrink: bool) -> object:
         # The pruned model is in its folder already.
         return shrink and shrink_from_disk(output, output, overwrite=True, **hub.hub)
 
-    dense = measurement(model.model, model.dtype)
+    dense = measurement(model.model, True, model.dtype)
     with pruned_from_disk(
         config,
         hub,
@@ -188,7 +208,8 @@ def _prune_from_disk(config: PruningConfig, options: PruneOptions) -> Iterator[_
         dtype=model.dtype,
         device=results.device,
     ) as report:
-        yield _Pruned(report, None, source, dense, measurement(output), save)
+        pruned = measurement(output, is_dense=False)
+        yield _Pruned(report, None, source, dense, pruned, agreement, save)
 
 
 def _calibration(config: PruningConfig, module: Any, source: AnyData) -> Any:
@@ -261,11 +282,24 @@ def _circumstances(
     if not done.dense.metrics:
         return run
 
-    first, *others = (
-        Measured(description, done.dense.metrics[name], done.pruned.metrics[name])
-        for name, description in logged_results(done.data).items()
-    )
+    first, *others = _results(done)
     return replace(run, metric=metric_of(done.data).name, **vars(first), others=tuple(others))
+
+
+def _results(done: _Pruned) -> Iterator[Measured]:
+    """Yield the results on each data set."""
+    before = done.dense.metrics
+    after = done.pruned.metrics
+    for number, (name, description) in enumerate(logged_results(done.data).items()):
+        error = f"{name}_stderr"
+        yield Measured(
+            data=description,
+            before=before[name],
+            after=after[name],
+            before_error=before.get(error),
+            after_error=after.get(error),
+            agreement=done.agreement.metrics(number),
+        )
 
 
 def _costs(done: _Pruned, folder: str | None, is_smaller: bool) -> tuple[Measured, ...]:
@@ -296,6 +330,9 @@ def _summary(
         yield sentence
     for result in run.results:
         yield change_of(METRICS[run.metric], result)
+        sentence = agreement_in_a_sentence(result)
+        if sentence:
+            yield sentence
     for cost in run.costs:
         yield cost_of(cost)
     for note in report.notes:

@@ -47,6 +47,8 @@ def _write_log(report: PruningReport, folder: Path, method: str) -> None:
     run = report.run
     if run is not None and run.metric:
         columns[METRICS[run.metric].column] = f"{run.after:.4f}"
+        for name, value in run.agreement.items():
+            columns[name] = f"{value:.6g}"
     lines = ("\t".join(columns), "\t".join(columns.values()))
     write_text(folder / f"log_{method}.txt", "".join(f"{line}\n" for line in lines))
 

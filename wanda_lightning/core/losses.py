@@ -26,11 +26,23 @@ def cross_entropy(predicted: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
 def divergence(predicted: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
     """Return the divergence `KL(dense || predicted)`, summed over rows of logits, and its gradient at `predicted`."""
     log_q = predicted.log_softmax(dim=-1)
+    terms, p = _divergence_terms(log_q, dense)
+    return terms.sum(), log_q.exp_().sub_(p)
+
+
+def row_divergences(predicted: Tensor, dense: Tensor) -> Tensor:
+    """Return the divergence `KL(dense || predicted)` of each row of logits, of shape (rows,)."""
+    terms, _ = _divergence_terms(predicted.log_softmax(dim=-1), dense)
+    return terms.sum(dim=-1)
+
+
+def _divergence_terms(log_q: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what each class adds to the divergence, and its dense probability."""
     log_p = dense.log_softmax(dim=-1)
     p = log_p.exp()
     # Both logarithms may be minus infinity where p is 0, and their difference is NaN.
     terms = ((log_p - log_q) * p).masked_fill_(p == 0, 0)
-    return terms.sum(), log_q.exp_().sub_(p)
+    return terms, p
 
 
 def squared_error(predicted: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:

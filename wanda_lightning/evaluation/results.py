@@ -1,7 +1,7 @@
 """The sparsity of a model, and the results of several models as a table and as JSON."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 
 from rich.markup import escape
@@ -14,6 +14,7 @@ from wanda_lightning.common.atomic_write import write_text
 from wanda_lightning.models import find_layers
 from wanda_lightning.models.quantized import can_be_read, quantizer, read_weight
 from wanda_lightning.report import versions
+from wanda_lightning.report.descriptions import MEASURES
 from wanda_lightning.report.records import as_json
 
 Metrics = dict[str, float]
@@ -22,6 +23,7 @@ Results = dict[str, Metrics]
 """Metrics by text, task or data set."""
 
 _COUNTS = ("windows", "documents", "images", "pairs")  # metrics that are the number of samples
+_PREDICTIONS = "predictions"  # as `_COUNTS`, for the measures of agreement with the dense model
 _ERROR = "_stderr"  # suffix of a metric's standard error
 _SPARSITY = {"layers": "of prunable layers", "model": "of the model"}
 
@@ -99,17 +101,23 @@ class Evaluation:
         for results in self.models.values():
             for data, metrics in results.items():
                 for metric in metrics:
-                    if metric not in _COUNTS and not metric.endswith(_ERROR):
+                    is_count = metric in (*_COUNTS, _PREDICTIONS)
+                    if not is_count and not metric.endswith(_ERROR):
                         rows[data, metric] = None
         return rows
 
 
 def _heading(data: str, metric: str, of_models: Iterable[Metrics]) -> str:
     """Return the heading of a row, such as `rte acc (277 documents)`."""
+    names: Sequence[str] = _COUNTS
+    words = _SPARSITY.get(metric, metric)
+    if metric in MEASURES:
+        names = [_PREDICTIONS]
+        words = MEASURES[metric].title
     counts = set()
     for values in of_models:
-        counts |= {f"{int(values[name]):,} {name}" for name in _COUNTS if name in values}
-    heading = f"{data} {_SPARSITY.get(metric, metric)}"
+        counts |= {f"{int(values[name]):,} {name}" for name in names if name in values}
+    heading = f"{data} {words}"
     if counts:
         heading += f" ({' or '.join(sorted(counts))})"
     return heading
@@ -120,6 +128,8 @@ def _cell(metric: str, values: Metrics, dense: float | None) -> str:
     if metric not in values:
         return ""
     value = values[metric]
+    if metric in MEASURES:
+        return MEASURES[metric].text(value, values.get(metric + _ERROR))
     is_share = metric not in ("perplexity", "spearman")
     scale = 100 if is_share else 1
     unit = "%" if is_share else ""

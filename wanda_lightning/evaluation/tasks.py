@@ -32,6 +32,8 @@ PAPER_TASKS = {
     "arc_challenge": ("question", "choices", "answerKey"),
     "openbookqa": ("question_stem", "choices", "answerKey"),
 }
+Answers = dict[str, list[bool]]
+"""Whether the answer to each document was right, by task."""
 _UNFIT = "The documents in {} do not fit lm-eval's definition of {}"
 _NOT_ON_THE_HUB = (
     "The documents of the tasks are not in the cache and cannot be downloaded from the Hugging Face hub. Put them into "
@@ -149,8 +151,15 @@ def zero_shot(
     task has it, `acc_norm` (log-likelihoods divided by the lengths of the choices), their standard errors, and the
     number of documents; with several tasks, also `mean`: the mean of `acc` and its standard error, as in the paper.
     """
+    return answer(model, tokenizer, tasks, batch_size, limit)[0]
+
+
+def answer(
+    model: Any, tokenizer: Any, tasks: Mapping[str, Any], batch_size: int, limit: int | None
+) -> tuple[Results, Answers]:
+    """Return the metrics of `zero_shot`, and whether the answer to each document was right."""
     if not tasks:
-        return {}
+        return {}, {}
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
@@ -170,12 +179,15 @@ def zero_shot(
                     batch_size=batch_size,
                     prefix_token_id=prefix,
                 )
-            measured = lm_eval.evaluate(lm, {"tasks": dict(tasks)}, limit=limit, log_samples=False)
+            measured = lm_eval.evaluate(lm, {"tasks": dict(tasks)}, limit=limit)
     finally:
         model.to(home)
 
     results = {}
+    answers = {}
     for name in tasks:
+        samples = sorted(measured["samples"][name], key=lambda sample: sample["doc_id"])
+        answers[name] = [bool(sample["acc"]) for sample in samples]
         values = {}
         for key, value in measured["results"][name].items():
             # A metric is METRIC,FILTER; where it has no standard error, lm-eval has the text N/A.
@@ -184,6 +196,27 @@ def zero_shot(
         results[name] = {**values, "documents": measured["n-samples"][name]["effective"]}
     if len(tasks) > 1:
         results["mean"] = _mean(list(results.values()))
+    return results, answers
+
+
+def flips(dense: Answers, pruned: Answers) -> Results:
+    """Return the shares of documents whose answer was right and is wrong, and the reverse, by task.
+
+    Accuracy stays the same if as many answers become right as become wrong (Dutta et al., "Accuracy is Not All You
+    Need", NeurIPS 2024).
+    """
+    results = {}
+    for name, before in dense.items():
+        pairs = list(zip(before, pruned[name], strict=True))
+        shares = {
+            "right_to_wrong": pairs.count((True, False)) / len(pairs),
+            "wrong_to_right": pairs.count((False, True)) / len(pairs),
+        }
+        errors = {
+            f"{flip}_stderr": (share * (1 - share) / len(pairs)) ** 0.5
+            for flip, share in shares.items()
+        }
+        results[name] = shares | errors
     return results
 
 

@@ -172,7 +172,10 @@ def _results(run: Circumstances) -> tuple[list[tuple[str, str, str]], list[Any]]
         metric = METRICS[run.metric]
         after = result.after
         name = f"{metric.title}, {result.data}" if result.data else metric.title
-        rows.append((name, metric.text(result.before), metric.text(after)))
+        before = metric.text(result.before, result.before_error)
+        rows.append((name, before, metric.text(after, result.after_error)))
+        for title, value, _ in descriptions.agreement_of(result):
+            rows.append((f"{title}, {result.data}", "", value))
         if after is not None:
             data = result.data or "unknown"
             kind = data.partition(", ")[0]  # what follows describes the part and the windows

@@ -107,6 +107,7 @@ class CausalLMModule(L.LightningModule):
         self.test_perplexity = WindowPerplexity()
         # The metrics of dataloaders after the first one, by their numbers.
         self._others: dict[int, WindowPerplexity] = {}
+        self._logged: dict[str, WindowPerplexity] = {}  # by the name in a log
 
     def configure_model(self) -> None:
         """Shard the model if the Trainer's strategy asks for it (FSDP2). A second call does nothing."""
@@ -187,11 +188,12 @@ class CausalLMModule(L.LightningModule):
         self, name: str, metric: WindowPerplexity, batch: Any, batch_idx: int, dataloader_idx: int
     ) -> None:
         windows = self._read(batch)
-        if batch_idx == 0:  # an earlier loop may have been interrupted
-            metric.reset()
-            self._others[dataloader_idx] = WindowPerplexity().to(self.device)
         if dataloader_idx > 0:
+            if batch_idx == 0:
+                self._others[dataloader_idx] = WindowPerplexity().to(self.device)
             metric = self._others[dataloader_idx]
+        elif batch_idx == 0:  # an earlier loop may have been interrupted
+            metric.reset()
         metric.update(self(**windows, use_cache=False).logits, **windows)
 
         # The first text has the plain name, too, which callbacks can monitor for any number of texts.
@@ -201,6 +203,7 @@ class CausalLMModule(L.LightningModule):
             text = texts[dataloader_idx] if dataloader_idx < len(texts) else dataloader_idx
             names.append(f"{name}/{text}")
         for logged in names:
+            self._logged[logged] = metric
             self.log(
                 logged,
                 metric,
@@ -209,6 +212,10 @@ class CausalLMModule(L.LightningModule):
                 batch_size=len(windows["input_ids"]),
                 add_dataloader_idx=False,
             )
+
+    def standard_errors(self) -> dict[str, float]:
+        """Return the standard errors of the perplexities of a validation loop, by their logged names, while it ends."""
+        return {name: metric.standard_error() for name, metric in self._logged.items()}
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Return the mean next-token loss of each window, of shape (batch,); NaN for a window of padding."""

@@ -1,5 +1,6 @@
 """Perplexity over windows of tokens."""
 
+import math
 from typing import Any
 
 import torch
@@ -63,6 +64,7 @@ class WindowPerplexity(Metric):
     full_state_update = False
 
     loss_sum: Tensor
+    square_sum: Tensor  # of the losses
     windows: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
@@ -70,7 +72,8 @@ class WindowPerplexity(Metric):
         # Lightning moves metrics to the accelerator, which may have no float64.
         device = torch.accelerator.current_accelerator(check_available=True)
         dtype = torch.float64 if device is None or has_float64(device) else torch.float32
-        self.add_state("loss_sum", torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
+        for name in ("loss_sum", "square_sum"):
+            self.add_state(name, torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
         self.add_state("windows", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(
@@ -79,11 +82,22 @@ class WindowPerplexity(Metric):
         """Add windows; arguments as for `window_losses`."""
         losses = window_losses(logits, input_ids, attention_mask)
         is_counted = predicted_tokens(input_ids, attention_mask).any(dim=1)
-        total = losses.to(self.loss_sum.dtype).where(is_counted, 0).sum()
+        counted = losses.to(self.loss_sum.dtype).where(is_counted, 0)
         # Not in place: a state that was reset in inference mode cannot be modified outside of it.
-        self.loss_sum = self.loss_sum + total
+        self.loss_sum = self.loss_sum + counted.sum()
+        self.square_sum = self.square_sum + counted.square().sum()
         self.windows = self.windows + is_counted.sum()
 
     def compute(self) -> Tensor:
         """Return `exp(loss_sum / windows)`."""
         return torch.exp(self.loss_sum / self.windows)
+
+    def standard_error(self) -> float:
+        """Return the standard error of the perplexity, from the deviation of the windows; NaN for a single window."""
+        windows = float(self.windows)
+        if windows < 2:
+            return math.nan
+        mean = float(self.loss_sum) / windows
+        variance = max(0.0, float(self.square_sum) - windows * mean**2) / (windows - 1)
+        # To first order: the derivative of exp(x) is exp(x).
+        return math.exp(mean) * math.sqrt(variance / windows)

@@ -24,13 +24,14 @@ class Metric(NamedTuple):
     is_share: bool = False  # whether it is a fraction, which is shown in percent
     in_points: bool = False  # whether its changes are differences, of percent for a fraction
 
-    def text(self, value: float | None) -> str:
-        """Return a result of a model as text, such as `81.25%` or `16.06`."""
+    def text(self, value: float | None, error: float | None = None) -> str:
+        """Return a result of a model as text, such as `81.25%` or `16.06 ± 0.12` with its standard error."""
         if value is None:
             return "not measured"
         if not isfinite(value):
             return "not finite"
-        return f"{value:.2%}" if self.is_share else f"{value:,.2f}"
+        text = f"{value:.2%}" if self.is_share else f"{value:,.2f}"
+        return text if error is None else f"{text} ± {100 * error if self.is_share else error:,.2f}"
 
     def change(self, before: float | None, after: float | None) -> str:
         """Return how a result changed: in points or in percent; empty if it is not known."""
@@ -69,6 +70,70 @@ SPEARMAN = Metric(
     in_points=True,
 )
 METRICS = {metric.name: metric for metric in (PERPLEXITY, TOP1, SPEARMAN)}
+
+
+class Measure(NamedTuple):
+    """A measure of how near the predictions of a pruned model are to those of the dense one."""
+
+    title: str
+    meaning: str  # half a sentence
+    is_share: bool = False
+
+    def text(self, value: float, error: float | None) -> str:
+        """Return a value with its standard error, such as `81.25% ± 0.39` or `0.0312 ± 0.0004`."""
+        if self.is_share:
+            text = f"{value:.2%}"
+            return text if error is None else f"{text} ± {100 * error:.2f}"
+        return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+
+
+MEASURES = {
+    "same_top": Measure(
+        "Same top prediction",
+        "the share of predictions whose most likely token or class is that of the dense model",
+        is_share=True,
+    ),
+    "kl_divergence": Measure(
+        "KL divergence",
+        "how far the predicted probabilities are from the dense ones, in nats; 0 if they are equal",
+    ),
+    "kl_divergence_p99": Measure(
+        "KL divergence, 99th percentile", "what one prediction in a hundred exceeds"
+    ),
+    "cosine": Measure(
+        "Cosine to the dense embedding", "1 if both embeddings have the same direction"
+    ),
+}
+
+
+class MeasuredAgreement(NamedTuple):
+    """The value of a measure, in words."""
+
+    title: str
+    value: str
+    meaning: str
+
+
+def agreement_of(result: Measured) -> list[MeasuredAgreement]:
+    """Return how near the predictions on one data set are to the dense ones, in words; empty if it is not known."""
+    words = []
+    for name, measure in MEASURES.items():
+        value = result.agreement.get(name)
+        if value is None:
+            continue
+        text = measure.text(value, result.agreement.get(f"{name}_stderr"))
+        words.append(MeasuredAgreement(measure.title, text, measure.meaning))
+    return words
+
+
+def agreement_in_a_sentence(result: Measured) -> str:
+    """Return the same as a sentence; empty if it is not known."""
+    words = [f"{each.title} {each.value}" for each in agreement_of(result)]
+    if not words:
+        return ""
+    data = result.data.partition(", ")[0]
+    predictions = f"{result.agreement['predictions']:,.0f} predictions"
+    return f"Beside the dense model on {data}, {predictions}: {'; '.join(words)}."
 
 
 def title_of(report: ReportData) -> str:

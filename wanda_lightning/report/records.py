@@ -4,7 +4,7 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import EnumMeta
 from importlib.metadata import PackageNotFoundError, version
 from math import nan
@@ -232,6 +232,11 @@ class Measured:
     data: str
     before: float | None
     after: float | None
+    # Standard errors.
+    before_error: float | None = None
+    after_error: float | None = None
+    # How near the predictions of the pruned model are to the dense ones, by measure; see `modules.agreement`.
+    agreement: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -243,6 +248,10 @@ class Circumstances:
     metric: str = ""  # "perplexity"; "spearman", times 100; or "top-1", a fraction of the images
     before: float | None = None  # result of the dense model
     after: float | None = None  # result of the pruned model
+    # As in `Measured`.
+    before_error: float | None = None
+    after_error: float | None = None
+    agreement: Mapping[str, float] = field(default_factory=dict)
     data: str = ""  # on which both were measured
     others: tuple[Measured, ...] = ()  # results on other data
     costs: tuple[Measured, ...] = ()  # size and speed of both models; `data` is the unit
@@ -255,7 +264,8 @@ class Circumstances:
     @property
     def results(self) -> tuple[Measured, ...]:
         """The results that are known, of the first data first."""
-        results = (Measured(self.data, self.before, self.after), *self.others)
+        first = Measured(**{entry.name: getattr(self, entry.name) for entry in fields(Measured)})
+        results = (first, *self.others)
         return tuple(result for result in results if (result.before, result.after) != (None, None))
 
 

@@ -1,6 +1,6 @@
 """Measure the perplexity of a model that does not fit in memory."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import islice
 from math import ceil
@@ -52,19 +52,29 @@ def perplexity_from_disk(
     Raises:
         ValueError: If no token of the batches has a next token.
     """
-    checkpoint = Checkpoint(
-        ModelSource(source, revision or "main", cache_dir, trust_remote_code), dtype, device
-    )
+    place = ModelSource(source, revision or "main", cache_dir, trust_remote_code)
+    metric = measured_from_disk(Checkpoint(place, dtype, device), batches, progress)
+    return float(metric.compute())
+
+
+def measured_from_disk(
+    checkpoint: Checkpoint,
+    batches: Iterable[Mapping[str, Any]],
+    progress: bool = True,
+    after_batch: Callable[[Mapping[str, Any], int], object] = lambda batch, index: None,
+) -> WindowPerplexity:
+    """Return the metric after all batches; `after_batch` gets each with its index as soon as the model has run it."""
     check_causal(checkpoint.model)
     metric = WindowPerplexity().to(checkpoint.device)
 
-    def run(batch: Mapping[str, Any]) -> None:
+    def run(batch: Mapping[str, Any], index: int) -> None:
         check_tokens(checkpoint.model, batch["input_ids"])
         batch = to_device(batch, checkpoint.device)
         input_ids = batch["input_ids"]
         mask = batch.get("attention_mask")
         output = checkpoint.model(input_ids, attention_mask=mask, use_cache=False)
         metric.update(output.logits, input_ids, mask)
+        after_batch(batch, index)
 
     blocks = [Stop(block, checkpoint.model.get_submodule(block), ()) for block in checkpoint.blocks]
     number = length_of(batches)
@@ -74,7 +84,7 @@ def perplexity_from_disk(
         while group := list(islice(numbered, AT_ONCE)):
             samples = []
             for index, batch in group:
-                run_batch = partial(run, batch)
+                run_batch = partial(run, batch, index)
                 samples.append(Sample(run_batch, run_batch, batch_index=index))
             loader = BlockLoader(checkpoint)
             with loader.loading(), loader.visiting(blocks):
@@ -86,4 +96,4 @@ def perplexity_from_disk(
         raise UserError(
             "batches must hold at least two tokens in a row, but there are none. Give a longer text."
         )
-    return float(metric.compute())
+    return metric
