@@ -88,11 +88,10 @@ class OfZoo(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def samples(count=12, seed=0, shift=0.0):
-    random = rng(seed)
+def samples(count=12):
+    random = rng()
     return TensorDataset(
-        torch.randn(count, 32, generator=random) + shift,
-        torch.randint(16, (count,), generator=random),
+        torch.randn(count, 32, generator=random), torch.randint(16, (count,), generator=random)
     )
 
 
@@ -200,8 +199,8 @@ class Notes(L.Callback):
 class Manual(Net):
     """Steps by hand, after every second batch."""
 
-    def __init__(self, optimizer=SGD):
-        super().__init__(optimizer)
+    def __init__(self):
+        super().__init__()
         self.automatic_optimization = False
 
     def training_step(self, batch, batch_idx):
@@ -306,18 +305,17 @@ def batches_of_each_step(module, data, *callbacks, **options):
     return reader.seen
 
 
-def tagged(tag, count=4):
-    return DataLoader(
-        TensorDataset(torch.full((count, 32), float(tag)), torch.zeros(count, dtype=torch.long)),
-        count,
-    )
+def tagged(tag):
+    """One batch of four samples, which hold this number."""
+    inputs = torch.full((4, 32), float(tag))
+    return DataLoader(TensorDataset(inputs, torch.zeros(4, dtype=torch.long)), 4)
 
 
 class Resumable:
     """A stateful loader: a run resumed within an epoch continues with the next batch."""
 
-    def __init__(self, count=24, batch_size=4):
-        self.batches = list(loader(count, batch_size))
+    def __init__(self, count=24):
+        self.batches = list(loader(count))
         self.done = 0
 
     def __len__(self):

@@ -43,17 +43,15 @@ def run(*arguments):
         return stop.code
 
 
-def zeros_by_layer(
-    model, globs=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-):
-    return {name: m.weight == 0 for name, m in model.named_modules() if name.endswith(globs)}
+def zeros_by_layer(model):
+    return {name: m.weight == 0 for name, m in model.named_modules() if name.endswith("_proj")}
 
 
-def perplexity_by_hand(model, text, windows=None, seqlen=SEQLEN):
-    """The reference's formula, with the loss of transformers; on all windows of the text by default."""
+def perplexity_by_hand(model, text, windows):
+    """The reference's formula, with the loss of transformers; on the first windows of the text."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model.name_or_path)
     ids = torch.tensor(tokenizer(text).input_ids)
-    ids = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)[:windows]
+    ids = ids[: len(ids) // SEQLEN * SEQLEN].view(-1, SEQLEN)[:windows]
     with torch.no_grad():
         losses = [model(input_ids=window[None], labels=window[None]).loss.item() for window in ids]
     return math.exp(sum(losses) / len(losses))

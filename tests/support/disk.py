@@ -44,10 +44,10 @@ CHOICES = {
 }
 
 
-def batches(count=3, seed=0):
+def batches(seed=0):
     generator = rng(seed)
     return [
-        {"input_ids": torch.randint(VOCABULARY, (2, 48), generator=generator)} for _ in range(count)
+        {"input_ids": torch.randint(VOCABULARY, (2, 48), generator=generator)} for _ in range(3)
     ]
 
 

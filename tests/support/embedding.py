@@ -101,10 +101,10 @@ def save_pairs(path, pairs=PAIRS, heading=("sentence1", "sentence2", "score")):
     return path
 
 
-def spearman_by_hand(model, pairs=PAIRS):
+def spearman_by_hand(model):
     """The correlation by scipy of cosine similarities, one sentence at a time, times 100."""
     similarities = []
-    for first, second, _ in pairs:
+    for first, second, _ in PAIRS:
         a, b = (torch.tensor(model.encode([text])[0]) for text in (first, second))
         similarities.append(float(a @ b / (a.norm() * b.norm())))
-    return 100 * spearmanr(similarities, [score for *_, score in pairs]).statistic
+    return 100 * spearmanr(similarities, [score for *_, score in PAIRS]).statistic

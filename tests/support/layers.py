@@ -42,11 +42,10 @@ def wide_layer():
     return random_layer(shape=WIDE, tokens=500)
 
 
-def correlated_layer(seed, dtype=torch.float32, shape=(24, 96), tokens=600):
+def correlated_layer(seed=1, width=32):
     """A layer with correlated inputs, where the kept weights can compensate for the pruned ones."""
-    generator = rng(seed)
-    weight, tokens = random_layer(dtype, seed=seed, shape=shape, tokens=tokens)
-    return weight, tokens @ torch.randn(shape[1], shape[1], generator=generator).to(dtype) / 10
+    weight, tokens = random_layer(torch.float64, seed, (6, width), tokens=200)
+    return weight, tokens @ torch.randn(width, width, generator=rng(seed)).double() / 10
 
 
 def statistics(tokens, *methods):

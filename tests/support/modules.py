@@ -29,8 +29,8 @@ def tiny_llama(seed=0, **kwargs):
     return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
 
 
-def tiny_tokenizer(size=128):
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
+def tiny_tokenizer():
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
     words.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
 
@@ -62,8 +62,8 @@ def slow_perplexity(logits, input_ids, attention_mask=None):
     return math.exp(sum(windows) / len(windows))
 
 
-def windows_of_text(count=7, tokens=24):
-    return torch.randint(128, (count, tokens), generator=rng(1))
+def windows_of_text(count=7):
+    return torch.randint(128, (count, 24), generator=rng(1))
 
 
 MASKS = {

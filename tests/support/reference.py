@@ -66,9 +66,9 @@ def ria(weight, tokens):
     return scores
 
 
-def saliency(weight, tokens, dampening=0.01):
+def saliency(weight, tokens):
     """The root of w_q^2 / d; d is the first diagonal entry of the inverse Gram matrix of the columns from q on."""
-    matrix = damped_gram(tokens, dampening)
+    matrix = damped_gram(tokens, 0.01)
     inverses = [np.linalg.inv(matrix[column:, column:])[0, 0] for column in range(len(matrix))]
     return (weight**2 / inverses) ** 0.5
 

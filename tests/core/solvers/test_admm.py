@@ -25,7 +25,7 @@ def by_hand(weight, tokens, solver, pattern, factor=1):
 @pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), NM(2, 4)], ids=str)
 @pytest.mark.parametrize("iterations", [1, 6, 10])
 def test_the_mask_is_that_of_the_iterations_one_by_one(pattern, iterations):
-    weight, tokens = correlated_layer(1, torch.float64, shape=(6, 32), tokens=200)
+    weight, tokens = correlated_layer()
     solver = ADMM(iterations=iterations)
     _, keep = solve(solver, weight, tokens, pattern=pattern)
     assert_keeps(keep, by_hand(weight, tokens, solver, pattern))
@@ -33,7 +33,7 @@ def test_the_mask_is_that_of_the_iterations_one_by_one(pattern, iterations):
 
 def test_a_factorization_that_is_retried_changes_rho_everywhere(monkeypatch):
     """The factor and the pull toward the masked copy must have the same rho."""
-    weight, tokens = correlated_layer(1, torch.float64, shape=(6, 32), tokens=200)
+    weight, tokens = correlated_layer()
     original = torch.linalg.cholesky_ex
     calls = []
 

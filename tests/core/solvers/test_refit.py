@@ -31,7 +31,7 @@ def test_a_refit_is_numpys_least_squares(pattern, dampening):
 @pytest.mark.parametrize("columns", [1, 4])
 def test_a_refit_of_whole_columns_is_torchs_least_squares(dampening, columns):
     """Rows of sqrt(p) below the tokens, with the dense weights as targets, pull toward these weights."""
-    weight, tokens = correlated_layer(1, torch.float64, shape=(6, 64), tokens=200)
+    weight, tokens = correlated_layer(width=64)
     pattern = Structured(2, columns=columns)
     pruned, keep = solve(Refit(dampening), weight, tokens, pattern=pattern)
     kept = keep[0]
@@ -58,7 +58,7 @@ def test_the_columns_that_are_kept_need_not_be_active():
 
 @pytest.mark.parametrize("steps", [1, 3, 200])
 def test_the_returned_error_is_that_of_the_weights(steps):
-    weight, tokens = correlated_layer(4, torch.float64, shape=(6, 32), tokens=200)
+    weight, tokens = correlated_layer(seed=4)
     gram = tokens.t() @ tokens
     keep = NM(2, 4)(weight.abs(), 0.5)
     fitted, error = refit(weight, weight * keep, keep, gram, steps)
