@@ -145,7 +145,12 @@ def all_at(share):
 
 
 def same(a, b):
-    return equal(dict(a.state_dict()), dict(b.state_dict()))
+    """Whether two modules have the same parameters and buffers, to the last bit."""
+    first = a.state_dict()
+    second = b.state_dict()
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
 
 
 def train_by_hand(module, batches, optimizer, accumulate, clip):
@@ -232,17 +237,6 @@ def pruned_by_hand(weights, sparsity, count=24, **options):
     module.load_state_dict(weights)
     prune(module, list(loader(count)), sparsity, **options)
     return module
-
-
-def equal(a, b):
-    """Whether two nested states are the same to the last bit."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 class Steps(Schedule):

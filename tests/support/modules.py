@@ -1,6 +1,7 @@
 """Tiny models, a tokenizer and text for the tests of the modules."""
 
 import math
+from statistics import fmean
 
 import torch
 from support.layers import rng
@@ -46,8 +47,8 @@ def tiny_vit(num_classes=10, **kwargs):
     )
 
 
-def slow_perplexity(logits, input_ids, attention_mask=None):
-    """One token at a time, in float64, straight from the definition of perplexity over windows."""
+def slow_losses(logits, input_ids, attention_mask=None):
+    """The losses of the real tokens of each window, one token at a time, in float64."""
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     windows = []
@@ -57,9 +58,14 @@ def slow_perplexity(logits, input_ids, attention_mask=None):
             if attention_mask[window, position : position + 2].all():
                 probabilities = logits[window, position].double().softmax(-1)
                 losses.append(-math.log(probabilities[ids[position + 1]].item()))
-        if losses:
-            windows.append(sum(losses) / len(losses))
-    return math.exp(sum(windows) / len(windows))
+        windows.append(losses)
+    return windows
+
+
+def slow_perplexity(logits, input_ids, attention_mask=None):
+    """Straight from the definition of perplexity over windows."""
+    windows = slow_losses(logits, input_ids, attention_mask)
+    return math.exp(fmean(fmean(losses) for losses in windows if losses))
 
 
 def windows_of_text(count=7):

@@ -127,6 +127,13 @@ def admm(weight, tokens, dampening, rhos, choose):
     return keep
 
 
+def divergence(predicted, dense, temperature=1.0, reduction="batchmean"):
+    """The Kullback-Leibler divergence of logits from the dense ones, which have one prediction a row."""
+    log_q = (predicted / temperature).log_softmax(-1)
+    log_p = (dense / temperature).log_softmax(-1)
+    return F.kl_div(log_q, log_p, reduction=reduction, log_target=True)
+
+
 def keep_largest(groups, count):
     """Prune the smallest scores of each row until `count` are left; among equal scores, the lower column first."""
     keep = np.ones(groups.shape, dtype=bool)
@@ -218,6 +225,16 @@ def keep(pattern, scores, sparsity):
         case Experts():
             return keep_largest(scores, round(scores.shape[1] * (1 - sparsity)))
     raise NotImplementedError(f"write the slow version of {pattern} in tests/support/reference.py")
+
+
+def survivors(pattern, keep):
+    """The number of weights that survive in each group: of N:M, of a layer, or else of a row."""
+    size = keep.shape[1]
+    if isinstance(pattern, NM):
+        size = pattern.m
+    elif getattr(pattern, "group", "row") == "layer":
+        size = keep.size
+    return keep.reshape(-1, size).sum(axis=1).tolist()
 
 
 def uniform(layers, sparsity):

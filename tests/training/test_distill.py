@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support import reference
 from support.callbacks import zeros
 from support.layers import assert_same, rng
 from support.pairwise import spread
@@ -51,10 +52,7 @@ some_batches = partial(batches_of_size, size=1)
 
 
 def divergence(model, dense, x):
-    """The mean divergence over the rows, by PyTorch."""
-    p = dense(x).log_softmax(-1)
-    q = model(x).log_softmax(-1)
-    return F.kl_div(q, p, reduction="batchmean", log_target=True)
+    return reference.divergence(model(x), dense(x))
 
 
 def adamw_by_hand(model, dense, pruned, batches, config, loss_of=divergence):
@@ -101,10 +99,8 @@ def test_a_share_of_the_loss_is_the_cross_entropy_of_the_next_token(name, share)
         follows = keep[:-1] & keep[1:]
         predicted = model(**batch).logits[0]
         entropy = F.cross_entropy(predicted[:-1][follows], ids[0, 1:][follows])
-        q = predicted[keep].log_softmax(-1)
-        p = dense(**batch).logits[0][keep].log_softmax(-1)
-        kl = F.kl_div(q, p, reduction="batchmean", log_target=True)
-        return share * entropy + (1 - share) * kl
+        distance = reference.divergence(predicted[keep], dense(**batch).logits[0][keep])
+        return share * entropy + (1 - share) * distance
 
     dense = model_of(name).double()
     samples = [{key: value[:1] for key, value in batch.items()} for batch in batches_of(name)]
