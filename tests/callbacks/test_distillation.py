@@ -208,6 +208,12 @@ def language_model(**lora):
     return CausalLMModule(model, lr=1e-2, lora=lora or None)
 
 
+def learn(module, *callbacks, batch=IDS, steps=1):
+    """Train on one batch."""
+    data = DataLoader([batch] * steps, batch_size=None)
+    fit_module(module, *callbacks, data=data, max_steps=steps)
+
+
 @pytest.mark.parametrize(("padding", "temperature"), [(False, 2.0), (True, 1.0)])
 def test_a_language_model_is_compared_without_padding(padding, temperature):
     module = language_model()
@@ -221,8 +227,9 @@ def test_a_language_model_is_compared_without_padding(padding, temperature):
         keep = MASK.bool()
     with torch.no_grad():
         predicted, dense = (model(IDS, mask).logits for model in (module, tiny_llama()))
-    callbacks = KeepZeros(), DistillFromDense(tiny_llama(), 0.3, temperature), losses
-    fit_module(module, *callbacks, data=DataLoader([batch], batch_size=None), max_steps=1)
+    learn(
+        module, KeepZeros(), DistillFromDense(tiny_llama(), 0.3, temperature), losses, batch=batch
+    )
     assert losses.logged == [
         pytest.approx(divergence(predicted, dense, temperature, keep).item(), rel=1e-4)
     ]
@@ -233,13 +240,7 @@ def test_adapters_learn_from_the_dense_model(keep_zeros):
     module = language_model(r=4, target_modules=["q_proj", "v_proj"], keep_zeros=keep_zeros)
     losses = Losses()
     base = deepcopy(module.pruning_target.state_dict())
-    fit_module(
-        module,
-        DistillFromDense(tiny_llama(), weight=1.0),
-        losses,
-        data=DataLoader([IDS] * 10, batch_size=None),
-        max_steps=10,
-    )
+    learn(module, DistillFromDense(tiny_llama(), weight=1.0), losses, steps=10)
     start = divergence(language_model()(IDS).logits, tiny_llama()(IDS).logits).item()
     assert losses.logged[0] == pytest.approx(start, rel=1e-4)
     assert losses.logged[-1] < 0.9 * start
@@ -253,13 +254,7 @@ def test_a_dense_language_model_by_name(tmp_path):
     modules = [language_model() for _ in range(3)]
     denses = tmp_path / "dense", tiny_llama(), CausalLMModule(tiny_llama())
     for module, dense in zip(modules, denses, strict=True):
-        fit_module(
-            module,
-            KeepZeros(),
-            DistillFromDense(dense),
-            data=DataLoader([IDS] * 2, batch_size=None),
-            max_steps=2,
-        )
+        learn(module, KeepZeros(), DistillFromDense(dense), steps=2)
     by_name, given, from_module = modules
     assert same(by_name, given)
     assert same(by_name, from_module)
@@ -273,14 +268,9 @@ def test_an_image_classifier(tmp_path):
     images = torch.randn(8, 3, 32, 32, generator=rng())
     prune(module, criterion="magnitude")
     expected = divergence(deepcopy(module).eval()(images), dense.eval()(images)).item()
-    fit_module(
-        module,
-        KeepZeros(),
-        DistillFromDense(f"local-dir:{tmp_path / 'dense'}", weight=1.0),
-        losses,
-        data=DataLoader([(images, torch.zeros(8, dtype=torch.long))] * 2, batch_size=None),
-        max_steps=2,
-    )
+    distilling = DistillFromDense(f"local-dir:{tmp_path / 'dense'}", weight=1.0)
+    batch = images, torch.zeros(8, dtype=torch.long)
+    learn(module, KeepZeros(), distilling, losses, batch=batch, steps=2)
     assert losses.logged[0] == pytest.approx(expected, rel=1e-4)
     assert losses.logged[1] < losses.logged[0]
 

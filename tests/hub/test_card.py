@@ -157,11 +157,6 @@ def test_a_card_of_somebody_else_is_kept(tmp_path):
     assert text_after(tmp_path) == "mine"
 
 
-def test_a_result_that_is_not_finite_is_left_out(tmp_path):
-    card = card_of(tmp_path, replace(RUN, after=float("inf"), zero_shot={}))
-    assert card.data.eval_results is None
-
-
 @pytest.mark.parametrize("model", ["dense.gguf", "timm:local-dir:vit"])
 def test_a_path_on_this_machine_is_shown_without_its_folders(tmp_path, monkeypatch, model):
     drawn = []

@@ -6,7 +6,7 @@ from statistics import fmean
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from support.callbacks import same, trainer
+from support.callbacks import WITHOUT_ADVICE, same, trainer
 from support.modules import (
     MASKS,
     slow_losses,
@@ -21,9 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wanda_lightning.modules import CausalLMModule
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers", "ignore:.*but have no `val_dataloader`"
-)
+pytestmark = WITHOUT_ADVICE
 
 
 @pytest.fixture(scope="module", params=MASKS)

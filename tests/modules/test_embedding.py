@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.callbacks import trainer
+from support.callbacks import WITHOUT_ADVICE, trainer
 from support.embedding import PAIRS, SENTENCES, save_pairs, save_tiny, spearman_by_hand
 from support.quiet import prune
 from support.refusals import refuses
@@ -24,11 +24,7 @@ from wanda_lightning import (
 from wanda_lightning.common.text_features import text_features
 from wanda_lightning.models import find_layers
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:The number of training batches"),
-    pytest.mark.filterwarnings("ignore:num_samples is"),
-]
+pytestmark = [WITHOUT_ADVICE, pytest.mark.filterwarnings("ignore:num_samples is")]
 
 
 def test_texts_give_the_zeros_of_batches_by_hand(tiny, tiny_folder):

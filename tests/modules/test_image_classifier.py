@@ -4,7 +4,7 @@ import lightning as L
 import pytest
 import timm
 import torch
-from support.callbacks import same, trainer, validate_module
+from support.callbacks import WITHOUT_ADVICE, same, trainer, validate_module
 from support.modules import CONVNEXT, VIT, tiny_vit
 from support.refusals import refuses
 from torch import nn
@@ -13,9 +13,7 @@ from torch.utils.data import DataLoader
 from wanda_lightning.data.images import class_names_of
 from wanda_lightning.modules import ImageClassifierModule
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers", "ignore:.*but have no `val_dataloader`"
-)
+pytestmark = WITHOUT_ADVICE
 
 
 @pytest.mark.parametrize(

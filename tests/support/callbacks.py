@@ -6,9 +6,11 @@ from copy import deepcopy
 from functools import cache, partial
 
 import lightning as L
+import pytest
 import torch
 from lightning.pytorch.trainer.connectors import callback_connector
 from support import forks
+from support.chains import hooks, overrides
 from support.layers import rng
 from support.quiet import prune
 from support.zoo import model_of, run
@@ -27,6 +29,7 @@ ADVICE = (
     "but have no `val_dataloader`",
     "The number of training batches",
 )
+WITHOUT_ADVICE = pytest.mark.filterwarnings(*(f"ignore:.*{message}" for message in ADVICE))
 
 LAYERS = ["layers.0", "layers.2", "layers.4"]  # of Net
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1)
@@ -108,13 +111,14 @@ callback_connector._load_external_callbacks = cache(callback_connector._load_ext
 
 def trainer(*callbacks, **kwargs):
     options = {
+        "accelerator": "cpu",
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
         **kwargs,
     }
-    return L.Trainer(accelerator="cpu", callbacks=list(callbacks), **options)
+    return L.Trainer(callbacks=list(callbacks), **options)
 
 
 def run_loop(loop, module, *callbacks, count=12, data=None, ckpt_path=None, **options):
@@ -182,12 +186,8 @@ def hooks_of(module, optimizer):
     on_weights = [
         name for name, weight in module.named_parameters() if weight._post_accumulate_grad_hooks
     ]
-    on_layers = [
-        name for name, m in module.named_modules() if m._forward_hooks or m._forward_pre_hooks
-    ]
-    replaced = [name for name, m in module.named_modules() if "forward" in vars(m)]
     on_steps = [*optimizer._optimizer_step_post_hooks, *_global_optimizer_post_hooks]
-    return on_weights + on_layers + replaced + on_steps
+    return on_weights + hooks(module) + overrides(module) + on_steps
 
 
 class Notes(L.Callback):
