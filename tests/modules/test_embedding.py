@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.callbacks import WITHOUT_ADVICE, trainer
 from support.embedding import PAIRS, SENTENCES, save_pairs, save_tiny, spearman_by_hand
+from support.layers import assert_same
 from support.quiet import prune
 from support.refusals import refuses
 
@@ -33,9 +34,7 @@ def test_texts_give_the_zeros_of_batches_by_hand(tiny, tiny_folder):
     prune(by_hand, batches, forward=lambda batch: by_hand(dict(batch)))
     report = prune(tiny, SENTENCES)
 
-    weights = dict(by_hand.named_parameters())
-    for name, weight in tiny.named_parameters():
-        assert torch.equal(weight, weights[name])
+    assert_same(tiny, by_hand)
     # Padding counts for no layer of the encoder: words and two special tokens of each sentence.
     tokens = sum(len(sentence.split()) + 2 for sentence in SENTENCES)
     assert {layer.tokens for layer in report.layers if "encoder" in layer.name} == {tokens}

@@ -289,7 +289,3 @@ def test_a_model_of_the_hub_is_checked_like_a_folder(folders, tmp_path):
     assert module.tokenizer("w3 w7").input_ids == [3, 7]
     with refuses(r"'owner/integers' stores lm_head\.weight as I8"):
         CausalLMModule("owner/integers", cache_dir=str(tmp_path))
-    with pytest.raises(
-        OSError, match=r"configuration of 'owner/none' cannot be loaded: .* couldn't find"
-    ):
-        CausalLMModule("owner/none", cache_dir=str(tmp_path))

@@ -16,6 +16,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import save_file
+from support.layers import seed
 from support.zoo import save_llama_of_bytes
 
 from wanda_lightning.cli import main
@@ -106,8 +107,7 @@ def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     save_llama_of_bytes(folder / "llama")
     rng = np.random.default_rng()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
+    with seed(0):
         for name in ("test_vit", "test_convnext"):
             model = timm.create_model(name)
             model.get_classifier().bias.data[1] = 1e4  # whatever it sees, it says the second class
@@ -157,9 +157,9 @@ def images(inputs):
 def refused(tmp_path, capsys, inputs):
     """Runs a command that must fail with one message and leave every folder and file as it was."""
 
-    def check(*arguments, message, code=2):
+    def check(*arguments, message):
         before = everything_in(tmp_path), everything_in(inputs)
-        assert run(*arguments) == code
+        assert run(*arguments) == 2
         out, err = capsys.readouterr()
         assert message in err
         assert "Traceback" not in out + err, out + err

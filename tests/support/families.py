@@ -468,16 +468,12 @@ def _transformers_folder(model, folder):
     refuse_unloadable(model)
     model.save_pretrained(folder)
     own_file = bool(list(folder.glob("modeling_*.py")))
-    own = _dense_class(model)
+    own = getattr(type(model), "shrunk_family", type(model))
     classes = auto_classes(own, model.config)
     fitting = [getattr(hf, auto) for auto, name in classes.items() if name == own.__name__]
     auto = (fitting or [type(model)])[0]
     loaded = auto.from_pretrained(folder, trust_remote_code=own_file, dtype=torch.float32)
     return without_cache(loaded).eval(), OWN_FILE if own_file else ORDINARY
-
-
-def _dense_class(model):
-    return getattr(type(model), "shrunk_family", type(model))
 
 
 def check_uneven(family):

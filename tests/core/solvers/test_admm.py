@@ -7,7 +7,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 from support import reference
-from support.layers import correlated_layer, output_error, random_layer, rng, solve
+from support.layers import correlated_layer, output_error, random_layer, rng, small_layer, solve
 from support.reference import assert_keeps
 
 from wanda_lightning.core.patterns import NM, Unstructured
@@ -63,7 +63,7 @@ def test_wandas_mask_is_used_if_inputs_do_not_correlate():
 
 
 def test_the_weights_are_the_least_squares_of_the_mask():
-    weight, tokens = random_layer(torch.float64, shape=(6, 32), tokens=200)
+    weight, tokens = small_layer()
     pruned, keep = solve(ADMM(dampening=0.05, refit_steps=200), weight, tokens)
     assert_allclose(
         pruned.numpy(),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 from support import reference
-from support.layers import correlated_layer, random_layer, solve, statistics
+from support.layers import correlated_layer, small_layer, solve, statistics
 from torch.testing import assert_close
 
 from wanda_lightning.core.criteria import Wanda
@@ -16,7 +16,7 @@ from wanda_lightning.core.solvers.refit import refit
 @pytest.mark.parametrize("pattern", [Unstructured(), NM(2, 4)], ids=str)
 @pytest.mark.parametrize("dampening", [0.01, 0.3])
 def test_a_refit_is_numpys_least_squares(pattern, dampening):
-    weight, tokens = random_layer(torch.float64, shape=(6, 32), tokens=200)
+    weight, tokens = small_layer()
     pruned, keep = solve(Refit(dampening, steps=200), weight, tokens, pattern=pattern)
     assert torch.equal(keep, pattern(Wanda()(weight, statistics(tokens, Wanda)), 0.5))
     assert_allclose(
@@ -48,7 +48,7 @@ def test_a_refit_of_whole_columns_is_torchs_least_squares(dampening, columns):
 
 
 def test_the_columns_that_are_kept_need_not_be_active():
-    weight, tokens = random_layer(torch.float64, shape=(6, 32), tokens=200)
+    weight, tokens = small_layer()
     tokens[:, :20] = 0
     pruned, keep = solve(Refit(), weight, tokens, pattern=Structured(2))
     assert pruned.isfinite().all()
