@@ -40,8 +40,7 @@ from wanda_lightning.streaming.streamed_weights import StreamedWeights
 pytestmark = IGNORED_WARNINGS
 
 
-def report_in(folder):
-    return PruningReport.from_json(Path(folder, "pruning_report.json").read_text())
+report_in = PruningReport.load
 
 
 def reference_flags(inputs, method, pattern="unstructured", sparsity="0.5"):

@@ -1,6 +1,5 @@
 """Training the whole pruned model toward the dense predictions, against AdamW written out by hand."""
 
-import json
 import math
 from copy import deepcopy
 from functools import partial
@@ -27,7 +26,7 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 from torch.testing import assert_close
 
-from wanda_lightning import Distill, PruningReport
+from wanda_lightning import Distill
 from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.training import masked_weights
 from wanda_lightning.training.predictions import DenseTarget, next_tokens
@@ -351,12 +350,9 @@ def test_a_loss_that_is_not_finite_stops():
     assert_same(model, start)
 
 
-def test_the_report_keeps_the_losses():
+def test_the_report_has_the_losses_before_and_after_each_pass():
     report = prune(classifier(), some_batches(16), 0.5, recovery="distill")
-    text = report.to_json()
-    assert PruningReport.from_json(text) == report
-    first = json.loads(text)["training"]["passes"][0]
-    assert first == {"loss": None, "held_out": report.training.passes[0].held_out}
+    assert report.training.passes[0].loss is None
     assert "on 2 held-out samples, before and after each pass" in report.notes[-1]
 
 
