@@ -24,7 +24,7 @@ def pruned_llama():
 
 
 def arguments(folder, **options):
-    usual = {
+    options = {
         "max_steps": 4,
         "learning_rate": 0.01,
         "weight_decay": 0.5,
@@ -34,9 +34,9 @@ def arguments(folder, **options):
         "use_cpu": True,
         "save_strategy": "no",
         "logging_strategy": "no",
+        **options,
     }
-    usual.update(options)
-    return TrainingArguments(str(folder), **usual)
+    return TrainingArguments(str(folder), **options)
 
 
 class Looks(TrainerCallback):

@@ -105,6 +105,12 @@ def least_squares(weight, tokens, dampening, keep):
     return fitted
 
 
+def assert_least_squares(pruned, weight, tokens, dampening, keep):
+    """The kept weights of each row give the nearest outputs."""
+    expected = least_squares(weight.numpy(), tokens.numpy(), dampening, keep.numpy())
+    np.testing.assert_allclose(pruned.numpy(), expected, rtol=1e-5, atol=1e-7)
+
+
 def admm(weight, tokens, dampening, rhos, choose):
     """The mask after iterations that fit toward copy minus dual, mask fit plus dual, and update the dual (Boyd 2011).
 

@@ -85,6 +85,11 @@ def run(model, batch):
     return output if isinstance(output, Tensor) else output[0]
 
 
+@torch.no_grad()
+def run_all(model, batches):
+    return [run(model, batch) for batch in batches]
+
+
 def matrices(model, experts=True):
     """Return every parameter with two or more dimensions by name: once per module that shares it, once per expert."""
     by_name = {}

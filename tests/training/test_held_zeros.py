@@ -116,8 +116,8 @@ def test_a_copy_of_another_model_is_refused():
     assert_same(dense.state_dict(), before)
 
 
-def linear(width):
-    model = torch.nn.Sequential(torch.nn.Linear(8, width))
+def linear():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 32))
     prune(model, method="magnitude")
     return model
 
@@ -137,12 +137,12 @@ BITS = torch.ones(3, dtype=torch.uint8)  # too few for 32 * 8 weights
 )
 def test_a_state_of_another_model_is_refused(state):
     with refuses(r"state must be of the same model, .* has no .* of the same shape"):
-        keep_zeros(linear(32), state=state)
+        keep_zeros(linear(), state=state)
     assert not _global_optimizer_post_hooks
 
 
 def test_a_state_of_an_older_version_has_no_shapes():
-    with keep_zeros(linear(32), state={"layers": ["0"], "unheld_zeros": {}}) as held:
+    with keep_zeros(linear(), state={"layers": ["0"], "unheld_zeros": {}}) as held:
         assert held.state_dict()["layers"] == ["0"]
 
 
