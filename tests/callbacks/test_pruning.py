@@ -432,7 +432,7 @@ def test_a_dry_run_prunes_before_the_first_step(when):
 
 @pytest.fixture
 def logged(tmp_path):
-    """A gradual run with a logger: the module, the callback, the Trainer, and the rows of each stage."""
+    """A gradual run with a logger: the module, the callback, the Trainer, and what is logged after each stage."""
     module = Net()
     callback = WandaPrune(
         0.5, num_samples=12, skip=["layers.2"], schedule=LinearSchedule(0, 4, every=2)
@@ -443,13 +443,12 @@ def logged(tmp_path):
     (file,) = tmp_path.rglob("metrics.csv")
     rows = csv.DictReader(file.read_text().splitlines())
     stages = [row for row in rows if row.get("sparsity/model")]
-    return SimpleNamespace(module=module, callback=callback, run=run, stages=stages)
-
-
-def sparsities(row):
-    return {
-        name: float(value) for name, value in row.items() if name.startswith("sparsity/") and value
+    last = {
+        name: float(value)
+        for name, value in stages[-1].items()
+        if name.startswith("sparsity/") and value
     }
+    return SimpleNamespace(module=module, callback=callback, run=run, stages=stages, last=last)
 
 
 class TestMetrics:
@@ -458,9 +457,8 @@ class TestMetrics:
         assert reached == [("2", "0.25"), ("4", "0.5")]
 
     def test_they_are_the_sparsities_of_the_model_and_of_each_layer(self, logged):
-        found = sparsities(logged.stages[-1])
         size = number_of_weights(logged.module)
-        assert found == pytest.approx(
+        assert logged.last == pytest.approx(
             {
                 "sparsity/model": (64 * 32 / 2 + 16 * 64 / 2) / size,
                 "sparsity/pruned_layers": 0.5,
@@ -468,12 +466,12 @@ class TestMetrics:
                 "sparsity/layers.4": 0.5,
             }
         )
-        assert found == pytest.approx(logged.callback.report.metrics())
+        assert logged.last == pytest.approx(logged.callback.report.metrics())
 
     def test_other_callbacks_can_monitor_them(self, logged):
         assert {
             name: float(value) for name, value in logged.run.callback_metrics.items()
-        } == pytest.approx(sparsities(logged.stages[-1]))
+        } == pytest.approx(logged.last)
 
 
 @pytest.mark.parametrize("shown", [True, False])

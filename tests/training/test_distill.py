@@ -54,8 +54,9 @@ def divergence(model, dense, x):
     return reference.divergence(model(x), dense(x))
 
 
-def adamw_by_hand(model, dense, pruned, batches, config, loss_of=divergence):
+def adamw_by_hand(model, dense, report, batches, config, loss_of=divergence):
     """Train with autograd and the update written out; no early stop."""
+    pruned = weights_of(report)
     trained = [p for name, p in model.named_parameters() if name in pruned or p.ndim < 2]
     adam = AdamByHand(trained, config.learning_rate, 0.95)
     steps = math.ceil(len(batches) / config.batch_size) * config.passes
@@ -76,7 +77,7 @@ def test_it_is_adamw_on_the_divergence(count, passes, batch_size):
     batches = some_batches(count)
     config = Distill(passes=passes, batch_size=batch_size, learning_rate=0.01, seed=3)
     expected, model, report = pruned_with_and_without(dense, batches, recovery=config)
-    adamw_by_hand(expected, dense, weights_of(report), batches, config)
+    adamw_by_hand(expected, dense, report, batches, config)
     assert_close_states(model, expected, rtol=1e-6, atol=1e-9)
     assert len(report.training.passes) == passes + 1
 
@@ -105,7 +106,7 @@ def test_a_share_of_the_loss_is_the_cross_entropy_of_the_next_token(name, share)
     samples = [{key: value[:1] for key, value in batch.items()} for batch in batches_of(name)]
     config = Distill(passes=2, batch_size=1, learning_rate=0.01, next_token=share)
     expected, model, report = pruned_with_and_without(dense, samples, recovery=config)
-    adamw_by_hand(expected, dense, weights_of(report), samples, config, loss_of)
+    adamw_by_hand(expected, dense, report, samples, config, loss_of)
     assert_close_states(model, expected, rtol=1e-6, atol=1e-9)
 
 
@@ -156,7 +157,7 @@ def test_held_out_samples_never_train(size):
     adamw_by_hand(
         expected,
         dense,
-        weights_of(report),
+        report,
         trained,
         Distill(passes=1, batch_size=8, learning_rate=1e-3 * math.sqrt(8 / 512)),
     )
