@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.callbacks import Net, validate_module
+from support.callbacks import WITHOUT_ADVICE, Net, validate_module
 from support.pairwise import spread, with_nightly
 from support.quiet import prune
 from support.zoo import ZOO
@@ -10,10 +10,7 @@ from support.zoo import ZOO
 from wanda_lightning import PruningCallback, PruningConfig, Unstructured
 from wanda_lightning.methods import METHODS, PATTERNS, PRESETS
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*but have no `val_dataloader`"),
-]
+pytestmark = WITHOUT_ADVICE
 OTHER_PATTERNS = [name for name in PATTERNS if name not in ("structured", "experts")]
 EVERY_PATTERN = ["unstructured", "1:4", *OTHER_PATTERNS]
 

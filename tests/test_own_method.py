@@ -55,8 +55,13 @@ class Slope(Allocation):
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
     return relu_mlp(16, 12, 16)
+
+
+@pytest.fixture
+def weight(model):
+    """A copy of the first weight before pruning."""
+    return model[0].weight.detach().clone()
 
 
 @pytest.fixture
@@ -66,30 +71,27 @@ def batch():
 
 def without_smallest(weight, scores):
     """The weight without the smaller half of the scores of each row, by a loop."""
-    weight = weight.detach().clone()
+    weight = weight.clone()
     for row, of_row in zip(weight, scores, strict=True):
         row[of_row.argsort()[: len(row) // 2]] = 0
     return weight
 
 
-def test_a_criterion(model, batch):
-    weight = model[0].weight.detach().clone()
+def test_a_criterion(model, weight, batch):
     report = prune(model, [batch], criterion=Power(0.3))
     scores = weight.abs() * batch.square().sum(dim=0).sqrt() ** 0.3
     assert torch.equal(model[0].weight, without_smallest(weight, scores))
     assert json.loads(report.to_json())["config"]["criterion"] == {"name": "Power", "power": 0.3}
 
 
-def test_a_pattern(model, batch):
-    weight = model[0].weight.detach().clone()
+def test_a_pattern(model, weight, batch):
     prune(model, [batch], criterion="magnitude", pattern=Columns())
     smallest = weight.abs().sum(dim=0).argsort()[:8]
     empty = (model[0].weight == 0).all(dim=0).nonzero().flatten()
     assert sorted(smallest.tolist()) == empty.tolist()
 
 
-def test_a_solver(model, batch):
-    weight = model[0].weight.detach().clone()
+def test_a_solver(model, weight, batch):
     prune(model, [batch], solver=Half())
     scores = weight.abs() * batch.norm(dim=0)
     assert torch.equal(model[0].weight, without_smallest(weight, scores) / 2)
@@ -101,13 +103,12 @@ def test_an_allocation(model, batch):
     assert report.sparsity == pytest.approx(0.5, abs=1 / 12)
 
 
-def test_a_criterion_that_needs_nothing_needs_no_data(model):
+def test_a_criterion_that_needs_nothing_needs_no_data(model, weight):
     @dataclass(frozen=True)
     class Weight(Criterion):
         def __call__(self, weight, inputs):
             return weight.float()
 
-    weight = model[0].weight.detach().clone()
     prune(model, criterion=Weight())
     assert torch.equal(model[0].weight, without_smallest(weight, weight))
 

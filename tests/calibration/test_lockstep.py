@@ -11,7 +11,18 @@ from functools import partial
 
 import pytest
 import torch
-from support.chains import WIDTH, Chain, Mlp, hooks, overrides, route, through, travel, vectors
+from support.chains import (
+    WIDTH,
+    Chain,
+    EitherWay,
+    Mlp,
+    hooks,
+    overrides,
+    route,
+    through,
+    travel,
+    vectors,
+)
 from support.layers import assert_same
 from support.quiet import prune
 from support.samples import run_of, samples_of
@@ -47,10 +58,6 @@ def test_all_batches_stop_once_at_each_unit_with_what_a_plain_forward_brings(cou
 
 
 def test_batches_that_go_different_ways():
-    class EitherWay(Chain):
-        def forward(self, x):
-            return through(self.blocks if x.mean() > 0 else reversed(self.blocks), x)
-
     model = EitherWay(Mlp(), Mlp())
     x = torch.ones(2, 3, WIDTH)
     assert route(model, [x, -x], model.blocks) == [(0, [0]), (1, [0, 1])]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.callbacks import ADVICE
+from support.callbacks import WITHOUT_ADVICE
 from support.data import few_digits as few_digits
 
 
@@ -15,4 +15,4 @@ def one_thread():
 
 
 def pytest_itemcollected(item):
-    item.add_marker(pytest.mark.filterwarnings(*(f"ignore:.*{message}" for message in ADVICE)))
+    item.add_marker(WITHOUT_ADVICE)

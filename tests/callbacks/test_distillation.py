@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from support import pair_cases as cases
+from support import pair_cases as cases, reference
 from support.callbacks import (
     ADAMW,
     LAYERS,
@@ -15,7 +15,6 @@ from support.callbacks import (
     Net,
     SaveAt,
     all_at,
-    equal,
     fit_module,
     hooks_of,
     loader,
@@ -42,11 +41,9 @@ from wanda_lightning.callbacks.distillation import dense_model
 
 
 def divergence(predicted, dense, temperature=1.0, keep=slice(None)):
-    """The mean over the predictions that count, times the squared temperature, by PyTorch."""
-    log_q, log_p = (
-        (logits[keep].flatten(0, -2) / temperature).log_softmax(-1) for logits in (predicted, dense)
-    )
-    return temperature**2 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    """The mean over the predictions that count, times the squared temperature."""
+    rows = [logits[keep].flatten(0, -2) for logits in (predicted, dense)]
+    return temperature**2 * reference.divergence(*rows, temperature)
 
 
 class Dense(Net):
@@ -117,7 +114,7 @@ def test_it_trains_like_a_loop_with_the_loss_written_out(weight, temperature, ac
 
     assert callbacks[2].logged[0] == pytest.approx(first)
     assert_close_states(module, by_hand)
-    assert equal(zeros(module), pruned)
+    assert_same(zeros(module), pruned)
     assert hooks_of(module, module.used_optimizer) == []
     assert "training_step" not in vars(module)
 
@@ -145,7 +142,7 @@ def test_the_dense_model_is_not_trained():
     dense = Dense()
     before = deepcopy(dense.state_dict())
     fit_module(Net(ADAMW), DistillFromDense(dense), max_steps=2)
-    assert equal(before, dense.state_dict())
+    assert_same(before, dense.state_dict())
     assert not any(weight.requires_grad or weight.grad is not None for weight in dense.parameters())
 
 
@@ -211,6 +208,12 @@ def language_model(**lora):
     return CausalLMModule(model, lr=1e-2, lora=lora or None)
 
 
+def learn(module, *callbacks, batch=IDS, steps=1):
+    """Train on one batch."""
+    data = DataLoader([batch] * steps, batch_size=None)
+    fit_module(module, *callbacks, data=data, max_steps=steps)
+
+
 @pytest.mark.parametrize(("padding", "temperature"), [(False, 2.0), (True, 1.0)])
 def test_a_language_model_is_compared_without_padding(padding, temperature):
     module = language_model()
@@ -224,8 +227,9 @@ def test_a_language_model_is_compared_without_padding(padding, temperature):
         keep = MASK.bool()
     with torch.no_grad():
         predicted, dense = (model(IDS, mask).logits for model in (module, tiny_llama()))
-    callbacks = KeepZeros(), DistillFromDense(tiny_llama(), 0.3, temperature), losses
-    fit_module(module, *callbacks, data=DataLoader([batch], batch_size=None), max_steps=1)
+    learn(
+        module, KeepZeros(), DistillFromDense(tiny_llama(), 0.3, temperature), losses, batch=batch
+    )
     assert losses.logged == [
         pytest.approx(divergence(predicted, dense, temperature, keep).item(), rel=1e-4)
     ]
@@ -236,13 +240,7 @@ def test_adapters_learn_from_the_dense_model(keep_zeros):
     module = language_model(r=4, target_modules=["q_proj", "v_proj"], keep_zeros=keep_zeros)
     losses = Losses()
     base = deepcopy(module.pruning_target.state_dict())
-    fit_module(
-        module,
-        DistillFromDense(tiny_llama(), weight=1.0),
-        losses,
-        data=DataLoader([IDS] * 10, batch_size=None),
-        max_steps=10,
-    )
+    learn(module, DistillFromDense(tiny_llama(), weight=1.0), losses, steps=10)
     start = divergence(language_model()(IDS).logits, tiny_llama()(IDS).logits).item()
     assert losses.logged[0] == pytest.approx(start, rel=1e-4)
     assert losses.logged[-1] < 0.9 * start
@@ -256,13 +254,7 @@ def test_a_dense_language_model_by_name(tmp_path):
     modules = [language_model() for _ in range(3)]
     denses = tmp_path / "dense", tiny_llama(), CausalLMModule(tiny_llama())
     for module, dense in zip(modules, denses, strict=True):
-        fit_module(
-            module,
-            KeepZeros(),
-            DistillFromDense(dense),
-            data=DataLoader([IDS] * 2, batch_size=None),
-            max_steps=2,
-        )
+        learn(module, KeepZeros(), DistillFromDense(dense), steps=2)
     by_name, given, from_module = modules
     assert same(by_name, given)
     assert same(by_name, from_module)
@@ -276,14 +268,9 @@ def test_an_image_classifier(tmp_path):
     images = torch.randn(8, 3, 32, 32, generator=rng())
     prune(module, criterion="magnitude")
     expected = divergence(deepcopy(module).eval()(images), dense.eval()(images)).item()
-    fit_module(
-        module,
-        KeepZeros(),
-        DistillFromDense(f"local-dir:{tmp_path / 'dense'}", weight=1.0),
-        losses,
-        data=DataLoader([(images, torch.zeros(8, dtype=torch.long))] * 2, batch_size=None),
-        max_steps=2,
-    )
+    distilling = DistillFromDense(f"local-dir:{tmp_path / 'dense'}", weight=1.0)
+    batch = images, torch.zeros(8, dtype=torch.long)
+    learn(module, KeepZeros(), distilling, losses, batch=batch, steps=2)
     assert losses.logged[0] == pytest.approx(expected, rel=1e-4)
     assert losses.logged[1] < losses.logged[0]
 
@@ -420,7 +407,8 @@ def test_what_cannot_be_distilled_is_refused_before_a_weight_changes(make, choic
     before = deepcopy(module.state_dict())
     with pytest.raises(error, match=message):
         fit_module(module, DistillFromDense(**choices), max_steps=3)
-    assert not before or equal(before, module.state_dict())
+    if before:
+        assert_same(module.state_dict(), before)
     assert "training_step" not in vars(module)
     assert all("forward" not in vars(part) for part in module.modules())
 

@@ -21,7 +21,7 @@ from wanda_lightning import (
     TextDataModule,
     WandaPrune,
 )
-from wanda_lightning.report import REPORT_NAME, Circumstances
+from wanda_lightning.report import Circumstances
 
 
 @pytest.fixture
@@ -43,8 +43,7 @@ def test_the_report_names_the_samples_of_the_datamodule(tmp_path, text):
     validate_module(module(), callback, data=text)
     expected = f"{text.calibration}, 4 windows of 16 tokens, seed 3"
     assert callback.report.run == Circumstances(calibration=expected)
-    saved = PruningReport.from_json((tmp_path / REPORT_NAME).read_text())
-    assert saved.run == callback.report.run
+    assert PruningReport.load(tmp_path).run == callback.report.run
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from support.callbacks import (
     PrintedSteps,
     Resumable,
     SaveAt,
-    equal,
     fit_module,
     killed_and_resumed,
     loader,
@@ -24,6 +23,7 @@ from support.callbacks import (
     trainer,
 )
 from support.hub import hub as hub
+from support.layers import assert_same
 from support.modules import VIT, tiny_llama, windows_of_text
 from torch import nn
 from torch.testing import assert_close
@@ -365,7 +365,7 @@ def continue_gradual_run(folder, is_killed):
 def test_a_gradual_run_that_is_killed_before_the_last_stage_resumes_from_last(tmp_path):
     first_step, whole, resumed = killed_and_resumed(tmp_path, continue_gradual_run)
     assert first_step == "step 6"
-    assert equal(resumed, whole)
+    assert_same(resumed, whole)
     assert (whole["weights"]["layers.0.weight"] == 0).float().mean() == 0.75
 
 

@@ -19,7 +19,6 @@ from support.callbacks import (
     Resumable,
     SaveAt,
     all_at,
-    equal,
     fit_module,
     killed_and_resumed,
     loader,
@@ -32,6 +31,7 @@ from support.callbacks import (
     wanda,
     zeros,
 )
+from support.layers import assert_same
 from support.mlps import relu_mlp
 from support.pairwise import with_nightly
 from support.quiet import prune
@@ -199,7 +199,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, optimizer, when, o
         assert again.report.layers == callback.report.layers
         # To the last field, from the checkpoint.
         assert again.pruned_at or again.report == callback.report
-        assert equal(state(resumed), state(whole)), f"from step {step}"
+        assert_same(state(resumed), state(whole))
 
 
 def test_a_checkpoint_written_by_another_callback_right_before_pruning(tmp_path):
@@ -212,7 +212,7 @@ def test_a_checkpoint_written_by_another_callback_right_before_pruning(tmp_path)
     callback = Counted(at_step=5)
     fit_module(resumed, callback, data=Resumable(), max_steps=8, ckpt_path=tmp_path / "5.ckpt")
     assert callback.pruned_at == [5]
-    assert equal(state(resumed), state(whole))
+    assert_same(state(resumed), state(whole))
 
 
 def test_the_same_callback_goes_back_to_an_earlier_checkpoint(tmp_path):
@@ -225,7 +225,7 @@ def test_the_same_callback_goes_back_to_an_earlier_checkpoint(tmp_path):
             resumed, callback, data=Resumable(), max_steps=10, ckpt_path=tmp_path / f"{step}.ckpt"
         )
         assert callback.pruned_at == pruned_at
-        assert equal(state(resumed), state(whole))
+        assert_same(state(resumed), state(whole))
 
 
 def test_two_callbacks_on_two_parts_keep_their_own_state(tmp_path):
@@ -250,7 +250,7 @@ def test_two_callbacks_on_two_parts_keep_their_own_state(tmp_path):
         assert first.pruned_at == [at for at in [3] if at > step]
         # The reports are of the checkpoint, or of a pruning.
         assert (first.report.sparsity, second.report.sparsity) == (0.5, 0.25)
-        assert equal(state(resumed), state(whole))
+        assert_same(state(resumed), state(whole))
 
 
 def pruned_elsewhere(optimizer, skip=()):
@@ -291,7 +291,7 @@ def test_a_checkpoint_that_is_written_after_an_exception(tmp_path, make):
     # The batch that failed comes again.
     batches.load_state_dict = lambda state: setattr(batches, "done", 5)
     resumed, _ = run(False, batches, tmp_path / "broken.ckpt")
-    assert equal(resumed.state_dict(), whole.state_dict())
+    assert_same(resumed, whole)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ def test_a_report_of_another_version_stops_nothing(tmp_path):
             resumed, callback, data=Resumable(), max_steps=6, ckpt_path=tmp_path / "changed.ckpt"
         )
     assert (callback.pruned_at, callback.report) == ([], None)
-    assert equal(state(resumed), state(whole))
+    assert_same(state(resumed), state(whole))
 
 
 class Killed(Net):
@@ -380,7 +380,7 @@ def attempt(folder, is_killed):
 def test_a_killed_and_restarted_run_equals_an_uninterrupted_one(tmp_path):
     first_step, whole, resumed = killed_and_resumed(tmp_path, attempt)
     assert first_step == "step 5"
-    assert equal(resumed, whole)
+    assert_same(resumed, whole)
 
 
 @pytest.mark.parametrize(
@@ -402,7 +402,7 @@ def test_keep_zeros_alone(tmp_path, optimizer, dead):
             max_steps=10,
             ckpt_path=tmp_path / f"{step}.ckpt",
         )
-        assert equal(state(resumed), state(whole))
+        assert_same(state(resumed), state(whole))
 
 
 def test_keep_zeros_from_a_checkpoint_of_a_run_that_only_measured(tmp_path):

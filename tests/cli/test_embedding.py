@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from sentence_transformers import SentenceTransformer
 from support.cli import IGNORED_WARNINGS, run, shell as shell
 from support.embedding import (
     PAIRS,
     SENTENCES,
+    load,
     save_pairs,
     spearman_by_hand,
     tiny_folder as tiny_folder,
@@ -24,15 +24,11 @@ def command(tiny_folder, tmp_path):
     return f"prune --model {tiny_folder} --calibration sentences.txt --evaluation {pairs}".split()
 
 
-def loaded(folder):
-    return SentenceTransformer(str(folder), device="cpu")
-
-
 def test_prune_measures_and_saves_a_smaller_model(command, tiny_folder, capsys):
     saved = ["--shrink", "--save_model", "small", "--save", "results", "--report", "page.html"]
     assert run(*command, *saved, "--pattern", "structured") == 0
-    before = spearman_by_hand(loaded(tiny_folder))
-    after = spearman_by_hand(loaded("small"))
+    before = spearman_by_hand(load(tiny_folder))
+    after = spearman_by_hand(load("small"))
 
     result = read_json("results/pruning_report.json")["run"]
     assert (result["before"], result["after"]) == pytest.approx((before, after), abs=1e-3)
@@ -46,7 +42,7 @@ def test_prune_measures_and_saves_a_smaller_model(command, tiny_folder, capsys):
         for shown in (text, page.read()):
             assert f"{before:.2f}" in shown
             assert f"{after:.2f}" in shown
-    assert loaded("small")[0].auto_model.config.intermediate_size == 16
+    assert load("small")[0].auto_model.config.intermediate_size == 16
 
 
 def test_evaluate_shows_the_correlation_of_each_model(command, tiny_folder, capsys):
@@ -56,8 +52,8 @@ def test_evaluate_shows_the_correlation_of_each_model(command, tiny_folder, caps
     assert run("evaluate", "--dense", tiny_folder, "out", "--evaluation", pairs) == 0
     out = capsys.readouterr().out
     assert f"spearman ({len(PAIRS)} pairs)" in out
-    assert f"{spearman_by_hand(loaded(tiny_folder)):.2f}" in out
-    assert f"{spearman_by_hand(loaded('out')):.2f}" in out
+    assert f"{spearman_by_hand(load(tiny_folder)):.2f}" in out
+    assert f"{spearman_by_hand(load('out')):.2f}" in out
 
 
 def test_inspect_reads_no_weight(tiny_folder, capsys, monkeypatch):
@@ -70,8 +66,8 @@ def test_inspect_reads_no_weight(tiny_folder, capsys, monkeypatch):
 def test_shrink_writes_a_smaller_folder(command):
     assert run(*command, "--pattern", "structured", "--save_model", "zeros") == 0
     assert run("shrink", "zeros", "--save_model", "small") == 0
-    assert spearman_by_hand(loaded("small")) == pytest.approx(spearman_by_hand(loaded("zeros")))
-    assert loaded("small")[0].auto_model.config.intermediate_size == 16
+    assert spearman_by_hand(load("small")) == pytest.approx(spearman_by_hand(load("zeros")))
+    assert load("small")[0].auto_model.config.intermediate_size == 16
 
 
 @pytest.mark.parametrize(
@@ -89,9 +85,7 @@ def test_wrong_options_are_refused(command, options, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_wrong_score_is_refused_before_the_model_is_loaded(
-    command, capsys, monkeypatch, tmp_path
-):
+def test_a_wrong_score_is_refused_before_the_model_is_load(command, capsys, monkeypatch, tmp_path):
     monkeypatch.delattr("wanda_lightning.cli.model_and_data.EmbeddingModule")
     save_pairs(tmp_path / "pairs.csv", [("a", "b", "high")])
     assert run(*command) == 2

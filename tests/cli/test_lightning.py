@@ -1,5 +1,6 @@
 """`wanda-lightning fit|validate|test`: recipes. All recipes of the repository run in tests/recipes."""
 
+import inspect
 import os
 import shutil
 from pathlib import Path
@@ -7,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from support import own_criterion
 from support.cli import IGNORED_WARNINGS, SEQLEN, run
 from support.layers import assert_same
+from user_of_types import Power
 
 from wanda_lightning import CausalLMModule, ImageClassifierModule, PruningReport
 
@@ -136,7 +137,7 @@ def test_checkpoints_of_fit_are_loaded(write, model, module, monitor):
 
 
 def test_a_recipe_with_a_criterion_of_a_file_beside_it(recipe, monkeypatch, tmp_path):
-    shutil.copy(own_criterion.__file__, "my_method.py")
+    shutil.copy(inspect.getsourcefile(Power), "my_method.py")
     monkeypatch.syspath_prepend(tmp_path)
     recipe.write_text(
         recipe.read_text().replace(

@@ -19,26 +19,16 @@ def test_inputs_that_are_never_active_score_below_the_faintest(criterion, dtype,
     assert 0 < scores[:, :20].min() <= scores[:, :20].max() < scores[:, 20:].min()
 
 
-@pytest.fixture
-def layer_with_zeros():
-    """RIA's scores of a weight with a row and a column of zeros, and an inactive input, number 9."""
+def test_a_row_and_a_column_of_zeros_score_0_and_not_nan():
     weight, tokens = random_layer()
     weight[3] = 0
     weight[:, 7] = 0
+    # Beside an input that is never active, whose other weights score above 0.
     weight[5, 9] = 0
     tokens[:, 9] = 0
-    return weight, RIA()(weight, statistics(tokens, RIA))
-
-
-def test_a_row_and_a_column_of_zeros_score_0_and_not_nan(layer_with_zeros):
-    weight, scores = layer_with_zeros
+    scores = RIA()(weight, statistics(tokens, RIA))
     assert scores.isfinite().all()
     assert torch.equal(scores != 0, weight != 0)
-
-
-def test_the_weights_of_an_inactive_input_score_lowest_above_0(layer_with_zeros):
-    weight, scores = layer_with_zeros
-    assert scores[weight != 0].min() == scores[:, 9].max()
 
 
 def test_ria_without_activations_is_relative_importance():

@@ -12,37 +12,25 @@ from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.solvers import ADMM, Refit, SparseGPT
 
 WEIGHED = Unstructured("layer", weigh_rows=True)
-
-
-def some_row_weights():
-    rows = torch.rand(16, generator=rng(3))
-    rows[2] = 0
-    return rows / rows.mean()
-
-
-def test_rows_are_weighed_by_the_root_of_their_weights():
-    weight, tokens = random_layer()
-    row_weights = some_row_weights()
-    selection = Selection(Wanda(), WEIGHED, 0.5, row_weights)
-    keep = selection.keep(weight, statistics(tokens, Wanda))
-    scores = reference.wanda(weight.numpy(), tokens.numpy())
-    weighed = scores * row_weights.sqrt().numpy()[:, None]
-    assert_keeps(keep, reference.keep_by_layer(weighed, 0.5))
-    assert not keep[2].any()
+ROWS = torch.rand(16, generator=rng(3))
+ROWS[2] = 0
+ROWS /= ROWS.mean()
 
 
 @pytest.mark.parametrize(
-    "selection",
+    ("selection", "factors"),
     [
-        Selection(Wanda(), Unstructured("layer"), 0.5, some_row_weights()),
-        Selection(Wanda(), WEIGHED, 0.5),
+        (Selection(Wanda(), WEIGHED, 0.5, ROWS), ROWS.sqrt()),
+        (Selection(Wanda(), WEIGHED, 0.5), torch.ones(16)),
+        (Selection(Wanda(), Unstructured("layer"), 0.5, ROWS), torch.ones(16)),
     ],
 )
-def test_rows_count_the_same_unless_the_pattern_weighs_them_and_has_weights(selection):
+def test_a_pattern_that_weighs_rows_does_so_by_the_root_of_their_weights(selection, factors):
+    """Without weights, or with another pattern, all rows count the same."""
     weight, tokens = random_layer()
     keep = selection.keep(weight, statistics(tokens, Wanda))
     scores = reference.wanda(weight.numpy(), tokens.numpy())
-    assert_keeps(keep, reference.keep_by_layer(scores, 0.5))
+    assert_keeps(keep, reference.keep_by_layer(scores * factors.numpy()[:, None], 0.5))
 
 
 @pytest.mark.parametrize(

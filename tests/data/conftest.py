@@ -1,9 +1,7 @@
 """A tokenizer, and a folder of images."""
 
 import pytest
-from support.data import byte_tokenizer, few_digits, paint
-
-__all__ = ["few_digits"]
+from support.data import byte_tokenizer, few_digits as few_digits, paint
 
 
 @pytest.fixture(scope="module")

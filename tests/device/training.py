@@ -126,18 +126,10 @@ def trainers(callbacks, **options):
     """A Trainer on the CPU, and one on the device."""
     for device in DEVICES:
         place = WhereItRan()
-        made = trainer(*callbacks(), place, **options)
         if device != "cpu":
-            made = L.Trainer(
-                strategy=SingleDeviceStrategy(torch.device(device), accelerator=Remote()),
-                callbacks=made.callbacks,
-                enable_checkpointing=False,
-                enable_model_summary=False,
-                enable_progress_bar=False,
-                logger=False,
-                **options,
-            )
-        yield made
+            strategy = SingleDeviceStrategy(torch.device(device), accelerator=Remote())
+            options |= {"accelerator": "auto", "strategy": strategy}
+        yield trainer(*callbacks(), place, **options)
         assert place.device == device.partition(":")[0]
 
 

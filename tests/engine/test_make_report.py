@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 from support import mlps
-from support.chains import WIDTH, Chain, Looped, Mlp, through, vectors
+from support.chains import WIDTH, Chain, EitherWay, Looped, Mlp, vectors
 from support.layers import assert_same, rng
 from support.pairwise import spread
 from support.quiet import prune
@@ -139,10 +139,6 @@ def test_a_loop_through_the_head_is_noted_whether_the_head_is_pruned_or_not(skip
 
 
 def test_batches_in_another_order_are_noted_as_left_out():
-    class EitherWay(Chain):
-        def forward(self, x):
-            return self.head(through(self.blocks if x.mean() > 0 else reversed(self.blocks), x))
-
     x = torch.ones(2, 3, WIDTH)
     report = prune(EitherWay(Mlp(), Mlp()), [x, -x])
     (note,) = report.notes

@@ -13,7 +13,7 @@ from support.experts import NUMBERS, build, cannot_be_chosen, slow_saliency, sta
 from support.pairwise import with_nightly
 from support.quiet import prune
 from support.refusals import Untouched, refusal, refuses
-from support.zoo import ZOO, family, names, number_of_weights, run, seeded
+from support.zoo import ZOO, family, names, number_of_weights, run_all, seeded
 from torch.testing import assert_close
 
 from wanda_lightning.experts.mixtures import mixtures
@@ -29,11 +29,6 @@ def dropped_in(report):
         if layer.note == "dropped":
             found.setdefault(block, set()).add(int(re.search(r"\d+", rest)[0]))
     return {block: sorted(indices) for block, indices in found.items()}
-
-
-@torch.no_grad()
-def logits(model, batches):
-    return [run(model, batch) for batch in batches]
 
 
 CASES = [(0.25, "auto"), (0.5, "auto"), (0.25, "block")]
@@ -76,10 +71,10 @@ def test_the_model_equals_the_one_in_which_the_dropped_experts_cannot_be_chosen(
         assert [layer.tokens for layer in downs] == [tokens for _, tokens in scores]
 
     with cannot_be_chosen(dense, dropped):
-        expected = logits(dense, batches)
-    after = logits(model, batches)
+        expected = run_all(dense, batches)
+    after = run_all(model, batches)
     assert_close(after, expected, rtol=1e-4, atol=1e-5)
-    assert not any(map(torch.allclose, logits(dense, batches), after))
+    assert not any(map(torch.allclose, run_all(dense, batches), after))
     assert report.parameters == number_of_weights(dense)
     assert report.zeros == report.parameters - number_of_weights(model)
     assert report.sparsity == sparsity
@@ -87,7 +82,7 @@ def test_the_model_equals_the_one_in_which_the_dropped_experts_cannot_be_chosen(
     model.save_pretrained(tmp_path)
     loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"] | info["mismatched_keys"]
-    assert all(map(torch.equal, after, logits(loaded.eval(), batches)))
+    assert all(map(torch.equal, after, run_all(loaded.eval(), batches)))
 
 
 def test_everything_that_counts_experts_knows_the_new_number():

@@ -6,7 +6,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from support.callbacks import ADVICE, trainer
+from support.callbacks import WITHOUT_ADVICE, trainer
 from support.detectors import batches_for, build, class_logits, scenes
 from support.layers import assert_same, rng
 from support.pairwise import with_nightly
@@ -18,7 +18,7 @@ from wanda_lightning import WandaPrune
 from wanda_lightning.methods import METHODS, PRESETS
 from wanda_lightning.training.held_zeros import zeros_of
 
-pytestmark = pytest.mark.filterwarnings(*(f"ignore:.*{message}" for message in ADVICE))
+pytestmark = WITHOUT_ADVICE
 
 
 READ_PREDICTIONS = ("best", "thorough")

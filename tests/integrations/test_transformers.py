@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.callbacks import zeros
 from support.layers import assert_same, rng
 from support.modules import tiny_llama
 from support.quiet import prune
@@ -22,16 +23,8 @@ def pruned_llama():
     return model
 
 
-def zeros(model):
-    return {
-        name: weight == 0
-        for name, weight in model.named_parameters()
-        if weight.ndim == 2 and "proj" in name
-    }
-
-
 def arguments(folder, **options):
-    usual = {
+    options = {
         "max_steps": 4,
         "learning_rate": 0.01,
         "weight_decay": 0.5,
@@ -41,9 +34,9 @@ def arguments(folder, **options):
         "use_cpu": True,
         "save_strategy": "no",
         "logging_strategy": "no",
+        **options,
     }
-    usual.update(options)
-    return TrainingArguments(str(folder), **usual)
+    return TrainingArguments(str(folder), **options)
 
 
 class Looks(TrainerCallback):
@@ -58,11 +51,11 @@ class Looks(TrainerCallback):
         assert_same(zeros(model), self.pruned)
 
 
-def trained(folder, *callbacks, model=None, **options):
+def trained(folder, *callbacks, model=None, checkpoint=None, **options):
     model = model or pruned_llama()
     Trainer(
         model, arguments(folder, **options), train_dataset=WINDOWS, callbacks=list(callbacks)
-    ).train()
+    ).train(checkpoint)
     return model
 
 
@@ -110,25 +103,17 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(restore, tmp_path):
     saved = read_json(checkpoint / "trainer_state.json")["stateful_callbacks"]["KeepZerosCallback"]
     assert len(saved["attributes"]["held"]["layers"]) == 14
     assert saved["attributes"]["held"]["unheld_zeros"].keys() == {"model.layers.0.mlp.up_proj"}
-    again = pruned_llama()
-    before = zeros(pruned_llama())
-    callbacks = [KeepZerosCallback(), ZeroByChance()]
-    trainer = Trainer(
-        again, arguments(tmp_path, **options), train_dataset=WINDOWS, callbacks=callbacks
-    )
-    trainer.train(resume_from_checkpoint=str(checkpoint))
+    options["checkpoint"] = str(checkpoint)
+    again = trained(tmp_path, KeepZerosCallback(), ZeroByChance(), **options)
     assert_same(again, whole)
-    assert_same(zeros(again), before)
+    assert_same(zeros(again), zeros(pruned_llama()))
 
 
 def test_a_run_that_began_without_it_can_go_on_with_it(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 1}
     trained(tmp_path, learning_rate=0.0, max_steps=1, **options)
-    run = Trainer(
-        pruned_llama(), arguments(tmp_path, max_steps=2, **options), train_dataset=WINDOWS
-    )
-    run.add_callback(KeepZerosCallback())
-    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    options["checkpoint"] = str(tmp_path / "checkpoint-1")
+    trained(tmp_path, KeepZerosCallback(), max_steps=2, **options)
     saved = read_json(tmp_path / "checkpoint-2" / "trainer_state.json")["stateful_callbacks"]
     assert "held" in saved["KeepZerosCallback"]["attributes"]
 

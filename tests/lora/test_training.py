@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from support.callbacks import trainer
+from support.callbacks import WITHOUT_ADVICE, trainer
 from support.lora import TARGETS, TOKENS, assert_zeros, llama, zeros_of
 from support.quiet import prune
 from torch.utils.data import DataLoader
@@ -13,11 +13,7 @@ from transformers import LlamaForCausalLM
 from wanda_lightning import CausalLMModule, SavePretrained, WandaPrune
 from wanda_lightning.lora import KeepZerosLinear
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers",
-    "ignore:.*but have no `val_dataloader`",
-    "ignore:.*log_every_n_steps",
-)
+pytestmark = WITHOUT_ADVICE
 
 ADAPTERS = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS}
 

@@ -1,19 +1,27 @@
 """The language model module against slow loops and plain Hugging Face."""
 
+from itertools import chain
+from statistics import fmean
+
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from support.callbacks import same, trainer
-from support.modules import MASKS, slow_perplexity, tiny_llama, tiny_tokenizer, windows_of_text
+from support.callbacks import WITHOUT_ADVICE, same, trainer
+from support.modules import (
+    MASKS,
+    slow_losses,
+    slow_perplexity,
+    tiny_llama,
+    tiny_tokenizer,
+    windows_of_text,
+)
 from support.refusals import refuses
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wanda_lightning.modules import CausalLMModule
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*does not have many workers", "ignore:.*but have no `val_dataloader`"
-)
+pytestmark = WITHOUT_ADVICE
 
 
 @pytest.fixture(scope="module", params=MASKS)
@@ -91,18 +99,12 @@ def test_an_interrupted_loop_does_not_change_the_next_one():
 def test_training_loss_is_the_mean_over_real_tokens(mask):
     ids = windows_of_text()
     attention_mask = MASKS[mask](ids)
-    real = torch.ones_like(ids) if attention_mask is None else attention_mask
     module = CausalLMModule(tiny_llama())
     module.log = lambda *args, **kwargs: None
 
-    log_probabilities = module(ids, attention_mask).logits.log_softmax(-1)
-    losses = []
-    for w, window in enumerate(ids):
-        for t in range(len(window) - 1):
-            if real[w, t] and real[w, t + 1]:
-                losses.append(-log_probabilities[w, t, window[t + 1]].item())
+    windows = slow_losses(module(ids, attention_mask).logits, ids, attention_mask)
     loss = module.training_step({"input_ids": ids, "attention_mask": attention_mask}, 0)
-    assert loss.item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert loss.item() == pytest.approx(fmean(chain.from_iterable(windows)), rel=1e-5)
 
 
 def test_training_uses_the_labels_of_a_batch():

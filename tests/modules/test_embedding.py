@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.callbacks import trainer
+from support.callbacks import WITHOUT_ADVICE, trainer
 from support.embedding import PAIRS, SENTENCES, save_pairs, save_tiny, spearman_by_hand
+from support.layers import assert_same
 from support.quiet import prune
 from support.refusals import refuses
 
@@ -24,11 +25,7 @@ from wanda_lightning import (
 from wanda_lightning.common.text_features import text_features
 from wanda_lightning.models import find_layers
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:The number of training batches"),
-    pytest.mark.filterwarnings("ignore:num_samples is"),
-]
+pytestmark = [WITHOUT_ADVICE, pytest.mark.filterwarnings("ignore:num_samples is")]
 
 
 def test_texts_give_the_zeros_of_batches_by_hand(tiny, tiny_folder):
@@ -37,9 +34,7 @@ def test_texts_give_the_zeros_of_batches_by_hand(tiny, tiny_folder):
     prune(by_hand, batches, forward=lambda batch: by_hand(dict(batch)))
     report = prune(tiny, SENTENCES)
 
-    weights = dict(by_hand.named_parameters())
-    for name, weight in tiny.named_parameters():
-        assert torch.equal(weight, weights[name])
+    assert_same(tiny, by_hand)
     # Padding counts for no layer of the encoder: words and two special tokens of each sentence.
     tokens = sum(len(sentence.split()) + 2 for sentence in SENTENCES)
     assert {layer.tokens for layer in report.layers if "encoder" in layer.name} == {tokens}

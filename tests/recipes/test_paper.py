@@ -53,14 +53,14 @@ def run(*arguments):
     return sweep.main([str(argument) for argument in arguments])
 
 
-def rows(out="out"):
-    return read_json(Path(out, "results.json"))
+def rows():
+    return read_json("out/results.json")
 
 
-def times(out="out"):
+def times():
     return {
-        str(path.relative_to(out)): path.stat().st_mtime_ns
-        for path in Path(out).rglob("*.*")
+        str(path.relative_to("out")): path.stat().st_mtime_ns
+        for path in Path("out").rglob("*.*")
         if path.is_file()
     }
 

@@ -11,9 +11,8 @@ import pytest
 import timm
 import torch
 import yaml
-from sentence_transformers import SentenceTransformer
 from support.cli import IGNORED_WARNINGS, run
-from support.embedding import SENTENCES, save_pairs, spearman_by_hand
+from support.embedding import SENTENCES, load, save_pairs, spearman_by_hand
 from support.layers import assert_same
 from support.mlps import relu_mlp
 from support.pairwise import with_nightly
@@ -98,7 +97,7 @@ def saved_model(folder):
     if "architecture" in read_json(Path(folder, "config.json")):
         return timm.create_model(f"local-dir:{folder}", pretrained=True)
     if Path(folder, "modules.json").is_file():
-        return SentenceTransformer(folder, device="cpu")
+        return load(folder)
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
@@ -146,7 +145,7 @@ def check_smaller(smaller, weights):
     assert rows_without > 0
 
 
-SPEED_2TO4 = ROOT / "recipes/llm/speed_2to4.py"
+speed_2to4 = script("llm/speed_2to4")
 
 
 def test_2to4_weights_have_a_shape_that_fits():
@@ -154,16 +153,15 @@ def test_2to4_weights_have_a_shape_that_fits():
     dense, *layers = [torch.nn.Linear(columns, rows) for rows, columns in shapes]
     for layer in layers:
         layer.weight.data[:, ::2] = 0
-    layers_2to4 = runpy.run_path(str(SPEED_2TO4))["layers_2to4"]
-    assert layers_2to4(torch.nn.Sequential(dense, *layers)) == layers[:1]
+    assert speed_2to4.layers_2to4(torch.nn.Sequential(dense, *layers)) == layers[:1]
 
 
 def test_pytorch_compresses_weights_of_this_shape():
     constraints = torch.sparse.SparseSemiStructuredTensorCUSPARSELT._DTYPE_SHAPE_CONSTRAINTS[
         torch.float16
     ]
-    multiple = runpy.run_path(str(SPEED_2TO4))["MULTIPLE_OF"]
-    assert (constraints.sparse_min_rows, constraints.sparse_min_cols) == (multiple, multiple), (
+    smallest = (constraints.sparse_min_rows, constraints.sparse_min_cols)
+    assert smallest == (speed_2to4.MULTIPLE_OF, speed_2to4.MULTIPLE_OF), (
         "PyTorch takes 2:4 weights of other shapes: change MULTIPLE_OF in recipes/llm/speed_2to4.py and docs/speed.md"
     )
 
@@ -172,7 +170,7 @@ def test_pytorchs_format_for_2to4_holds_every_pruned_weight():
     """Its kernels need a GPU, but what converts to CUTLASS's format and back is written in PyTorch."""
     model = relu_mlp(64, 32, 8)
     prune(model, [torch.randn(64, 64)], 0.5, pattern="2:4", progress=False)
-    (layer,) = runpy.run_path(str(SPEED_2TO4))["layers_2to4"](model)
+    (layer,) = speed_2to4.layers_2to4(model)
     values, places = sparse_semi_structured_from_dense_cutlass(layer.weight.half())
     assert values.numel() == layer.weight.numel() / 2
     assert torch.equal(sparse_semi_structured_to_dense_cutlass(values, places), layer.weight.half())
@@ -185,7 +183,7 @@ def test_2to4_weights_without_a_gpu_are_refused_before_the_model_is_read(monkeyp
         SystemExit,
         match=r"^speed_2to4\.py needs an NVIDIA GPU of .* 8\.0 .*, but PyTorch .* finds no GPU",
     ):
-        runpy.run_path(str(SPEED_2TO4), run_name="__main__")
+        speed_2to4.main()
 
 
 @IGNORED_WARNINGS
@@ -237,10 +235,10 @@ def test_a_smaller_encoder_is_measured_and_saved(
     monkeypatch.setattr(sys, "argv", ["demo", *options.split()])
     runpy.run_path(str(ROOT / "recipes/embedding/demo.py"), run_name="__main__")
 
-    model = SentenceTransformer("out/embedding", device="cpu")
+    model = load("out/embedding")
     assert model[0].auto_model.config.intermediate_size == 16
     assert Path("out/embedding.html").is_file()
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     (dense,) = [row for row in rows if row[1:2] == ["dense"]]
-    score = spearman_by_hand(SentenceTransformer(str(tiny_folder), device="cpu"))
+    score = spearman_by_hand(load(tiny_folder))
     assert f"{score if with_pairs else 100:.2f}" in dense

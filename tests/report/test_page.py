@@ -52,7 +52,7 @@ def test_the_page_begins_with_what_was_measured(page, sentence):
 
 def test_the_page_explains_what_is_measured_beside_the_dense_model(page):
     for sentence in (
-        "How near the predictions on sklearn-docs, 24 windows of 512 tokens are to those of the dense model, over 12,264",
+        "How near the predictions on sklearn-docs, 24 windows of 512 tokens are to those of the dense model",
         "Perplexity: 16.06 ± 0.31 before, 18.93 ± 0.41 afterward.",
         "KL divergence 0.2567 ± 0.0031 how far the predicted probabilities are from the dense ones",
         "KL divergence, 99th percentile 2.5000 what one prediction in a hundred exceeds",

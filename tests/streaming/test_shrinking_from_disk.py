@@ -38,12 +38,16 @@ def prune_llama(folder):
     model.save_pretrained(folder)
 
 
+def shrink(folder):
+    return wl.shrink_from_disk(folder / "zeros", folder / "small")
+
+
 @pytest.mark.parametrize(("name", "allocation"), spread(MODELS, ["uniform", "fisher"]))
 def test_equals_the_model_that_was_shrunk_in_memory(name, allocation, tmp_path):
     model = MODELS[name]()
     prune_units(model, [{"input_ids": IDS}], 0.4, allocation=allocation)
     model.save_pretrained(tmp_path / "zeros")
-    report = wl.shrink_from_disk(tmp_path / "zeros", tmp_path / "small")
+    report = shrink(tmp_path)
     with torch.no_grad():
         expected = model(IDS).logits
     assert report == wl.shrink(model)
@@ -59,7 +63,7 @@ def test_equals_the_model_that_was_shrunk_in_memory(name, allocation, tmp_path):
 def test_what_may_not_fit_is_left_out(tmp_path, caplog):
     prune_llama(tmp_path / "zeros")
     predictions = add_predictions(tmp_path / "zeros")
-    report = wl.shrink_from_disk(tmp_path / "zeros", tmp_path / "small")
+    report = shrink(tmp_path)
     assert not predictions.keys() & weights(tmp_path / "small").keys()
     assert read_json(tmp_path / "small/config.json")["num_nextn_predict_layers"] == 0
     note = "transformers does not load 2 stored tensors, mtp.fc.weight first: left out"
@@ -70,7 +74,7 @@ def test_what_may_not_fit_is_left_out(tmp_path, caplog):
 def test_only_one_block_is_in_memory(tmp_path, monkeypatch):
     prune_llama(tmp_path / "zeros")
     _, counts = count_blocks(monkeypatch)
-    wl.shrink_from_disk(tmp_path / "zeros", tmp_path / "small")
+    shrink(tmp_path)
     assert max(counts) == 1
 
 
@@ -79,5 +83,5 @@ def test_scattered_zeros_leave_no_folder(tmp_path):
     prune(model, sparsity=0.5, method="magnitude")
     model.save_pretrained(tmp_path / "zeros")
     with refuses("Nothing can be removed"):
-        wl.shrink_from_disk(tmp_path / "zeros", tmp_path / "small")
+        shrink(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["zeros"]

@@ -6,9 +6,11 @@ from copy import deepcopy
 from functools import cache, partial
 
 import lightning as L
+import pytest
 import torch
 from lightning.pytorch.trainer.connectors import callback_connector
 from support import forks
+from support.chains import hooks, overrides
 from support.layers import rng
 from support.quiet import prune
 from support.zoo import model_of, run
@@ -27,6 +29,7 @@ ADVICE = (
     "but have no `val_dataloader`",
     "The number of training batches",
 )
+WITHOUT_ADVICE = pytest.mark.filterwarnings(*(f"ignore:.*{message}" for message in ADVICE))
 
 LAYERS = ["layers.0", "layers.2", "layers.4"]  # of Net
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1)
@@ -88,11 +91,10 @@ class OfZoo(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def samples(count=12, seed=0, shift=0.0):
-    random = rng(seed)
+def samples(count=12):
+    random = rng()
     return TensorDataset(
-        torch.randn(count, 32, generator=random) + shift,
-        torch.randint(16, (count,), generator=random),
+        torch.randn(count, 32, generator=random), torch.randint(16, (count,), generator=random)
     )
 
 
@@ -109,13 +111,14 @@ callback_connector._load_external_callbacks = cache(callback_connector._load_ext
 
 def trainer(*callbacks, **kwargs):
     options = {
+        "accelerator": "cpu",
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
         **kwargs,
     }
-    return L.Trainer(accelerator="cpu", callbacks=list(callbacks), **options)
+    return L.Trainer(callbacks=list(callbacks), **options)
 
 
 def run_loop(loop, module, *callbacks, count=12, data=None, ckpt_path=None, **options):
@@ -146,7 +149,12 @@ def all_at(share):
 
 
 def same(a, b):
-    return equal(dict(a.state_dict()), dict(b.state_dict()))
+    """Whether two modules have the same parameters and buffers, to the last bit."""
+    first = a.state_dict()
+    second = b.state_dict()
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
 
 
 def train_by_hand(module, batches, optimizer, accumulate, clip):
@@ -178,12 +186,8 @@ def hooks_of(module, optimizer):
     on_weights = [
         name for name, weight in module.named_parameters() if weight._post_accumulate_grad_hooks
     ]
-    on_layers = [
-        name for name, m in module.named_modules() if m._forward_hooks or m._forward_pre_hooks
-    ]
-    replaced = [name for name, m in module.named_modules() if "forward" in vars(m)]
     on_steps = [*optimizer._optimizer_step_post_hooks, *_global_optimizer_post_hooks]
-    return on_weights + on_layers + replaced + on_steps
+    return on_weights + hooks(module) + overrides(module) + on_steps
 
 
 class Notes(L.Callback):
@@ -200,8 +204,8 @@ class Notes(L.Callback):
 class Manual(Net):
     """Steps by hand, after every second batch."""
 
-    def __init__(self, optimizer=SGD):
-        super().__init__(optimizer)
+    def __init__(self):
+        super().__init__()
         self.automatic_optimization = False
 
     def training_step(self, batch, batch_idx):
@@ -233,17 +237,6 @@ def pruned_by_hand(weights, sparsity, count=24, **options):
     module.load_state_dict(weights)
     prune(module, list(loader(count)), sparsity, **options)
     return module
-
-
-def equal(a, b):
-    """Whether two nested states are the same to the last bit."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 class Steps(Schedule):
@@ -306,18 +299,17 @@ def batches_of_each_step(module, data, *callbacks, **options):
     return reader.seen
 
 
-def tagged(tag, count=4):
-    return DataLoader(
-        TensorDataset(torch.full((count, 32), float(tag)), torch.zeros(count, dtype=torch.long)),
-        count,
-    )
+def tagged(tag):
+    """One batch of four samples, which hold this number."""
+    inputs = torch.full((4, 32), float(tag))
+    return DataLoader(TensorDataset(inputs, torch.zeros(4, dtype=torch.long)), 4)
 
 
 class Resumable:
     """A stateful loader: a run resumed within an epoch continues with the next batch."""
 
-    def __init__(self, count=24, batch_size=4):
-        self.batches = list(loader(count, batch_size))
+    def __init__(self, count=24):
+        self.batches = list(loader(count))
         self.done = 0
 
     def __len__(self):

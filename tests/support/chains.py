@@ -46,6 +46,15 @@ class Chain(nn.Module):
         return self.head(x)
 
 
+class EitherWay(Chain):
+    """The blocks in their order or in the reverse one, by the sign of the input's mean."""
+
+    def forward(self, x):
+        for block in self.blocks if x.mean() > 0 else reversed(self.blocks):
+            x = block(x)
+        return self.head(x)
+
+
 class Looped(nn.Module):
     """Two blocks, applied several times."""
 

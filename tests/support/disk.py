@@ -7,10 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.layers import rng
+from support.modules import tiny_llama
 from support.quiet import prune
-from support.refusals import bits
+from support.refusals import alike
 from support.reports import read_json
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from wanda_lightning import OWL, PerLayer, Reconstruct, prune_from_disk
 from wanda_lightning.streaming.checkpoint import Checkpoint
@@ -44,26 +45,23 @@ CHOICES = {
 }
 
 
-def batches(count=3, seed=0):
+def batches(seed=0):
     generator = rng(seed)
     return [
-        {"input_ids": torch.randint(VOCABULARY, (2, 48), generator=generator)} for _ in range(count)
+        {"input_ids": torch.randint(VOCABULARY, (2, 48), generator=generator)} for _ in range(3)
     ]
 
 
 def save_llama(folder):
     """Save a tied Llama in bfloat16, in several files."""
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    config = LlamaConfig(
-        **sizes, num_hidden_layers=4, vocab_size=VOCABULARY, tie_word_embeddings=True
+    model = tiny_llama(
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=True,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size="20KB")
+    model.bfloat16().save_pretrained(folder, max_shard_size="20KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
 
 
@@ -109,12 +107,8 @@ stream = partial(prune_from_disk, progress=False)
 
 
 def same(first, second):
-    """Whether two sets of tensors are equal, bit for bit: 0.0 is not -0.0."""
-    pairs = [(first[key], second[key]) for key in first.keys() & second.keys()]
-    alike = all(
-        (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(bits(a), bits(b)) for a, b in pairs
-    )
-    return first.keys() == second.keys() and alike
+    """Whether two sets of tensors are equal, bit for bit."""
+    return first.keys() == second.keys() and all(alike(first[name], second[name]) for name in first)
 
 
 def count_blocks(monkeypatch):

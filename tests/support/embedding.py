@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 from scipy.stats import spearmanr
-from support.layers import rng
+from support.layers import rng, seed
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -46,8 +46,6 @@ PAIRS = [
 
 def save_tiny(folder):
     """Save a model with random weights, whose tokenizer knows `WORDS`, and return its folder."""
-    from sentence_transformers import SentenceTransformer
-
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     vocabulary = {word: number for number, word in enumerate(special + WORDS)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -69,15 +67,14 @@ def save_tiny(folder):
         intermediate_size=32,
         max_position_embeddings=16,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
+    with seed(0):
         model = BertModel(config)
         for parameter in model.parameters():  # far from each other, so that embeddings differ
             if parameter.ndim == 2:
                 parameter.data.normal_(std=0.5, generator=rng())
         model.save_pretrained(folder)
     # Of a folder with a transformer only, it makes a model with mean pooling.
-    SentenceTransformer(str(folder), device="cpu").save(str(folder))
+    load(folder).save(str(folder))
     return folder
 
 
@@ -87,12 +84,17 @@ def tiny_folder(tmp_path_factory):
     return save_tiny(tmp_path_factory.mktemp("embedding"))
 
 
+def load(folder):
+    """Load a model by sentence-transformers alone."""
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(str(folder), device="cpu")
+
+
 @pytest.fixture
 def tiny(tiny_folder):
     """The tiny model."""
-    from sentence_transformers import SentenceTransformer
-
-    return SentenceTransformer(str(tiny_folder), device="cpu")
+    return load(tiny_folder)
 
 
 def save_pairs(path, pairs=PAIRS, heading=("sentence1", "sentence2", "score")):
@@ -101,10 +103,10 @@ def save_pairs(path, pairs=PAIRS, heading=("sentence1", "sentence2", "score")):
     return path
 
 
-def spearman_by_hand(model, pairs=PAIRS):
+def spearman_by_hand(model):
     """The correlation by scipy of cosine similarities, one sentence at a time, times 100."""
     similarities = []
-    for first, second, _ in pairs:
+    for first, second, _ in PAIRS:
         a, b = (torch.tensor(model.encode([text])[0]) for text in (first, second))
         similarities.append(float(a @ b / (a.norm() * b.norm())))
-    return 100 * spearmanr(similarities, [score for *_, score in pairs]).statistic
+    return 100 * spearmanr(similarities, [score for *_, score in PAIRS]).statistic

@@ -2,12 +2,12 @@
 
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from unittest import mock
 
 import torch
-import transformers as hf
 from support.samples import calls_of, samples_of
-from support.tiny import tiny
+from support.tiny import on_meta
 from support.zoo import is_experts, model_of, seeded
 from torch import nn
 
@@ -37,9 +37,7 @@ def reasons(model, **choices):
     return {matrix.name: matrix.detail for matrix in find_layers(model, **choices).skipped}
 
 
-def jetmoe():
-    with torch.device("meta"):
-        return hf.JetMoeForCausalLM(tiny(hf.JetMoeConfig, kv_channels=16))
+jetmoe = partial(on_meta, "JetMoeForCausalLM", kv_channels=16)
 
 
 class Stack(nn.Module):
@@ -62,9 +60,9 @@ def observed(model, batches):
     return {name: value for name, value in found.inputs.items() if ".experts." in name}
 
 
-def double(name, implementation="batched_mm"):
+def double(name):
     model = model_of(name).double()
-    model.config._experts_implementation = implementation  # grouped_mm takes no float64
+    model.config._experts_implementation = "batched_mm"  # grouped_mm takes no float64
     return model
 
 

@@ -241,8 +241,8 @@ def _compare(dense, batches):
     return str(dtype).removeprefix("torch.")
 
 
-def slow_prune(model, batches, sequential="block", sparsity=0.5):
-    """Prune with Wanda, stop by stop, in plain code.
+def slow_prune(model, batches, sequential="block"):
+    """Prune half of each row with Wanda, stop by stop, in plain code.
 
     For each stop, every batch runs through the model as pruned so far, up to the first end of that stop. The inputs of
     a weight are read where PyTorch multiplies, below all modules. Padding is found in the products with as many tokens
@@ -261,7 +261,7 @@ def slow_prune(model, batches, sequential="block", sparsity=0.5):
                 _outputs(model, batch)
         handle.remove()
         for layer in stop.layers:
-            sums.zero_smallest(layer, sparsity)
+            sums.zero_smallest_half(layer)
 
 
 class _StopDone(Exception):
@@ -305,12 +305,11 @@ class _Products(TorchDispatchMode):
 class _InputSquares:
     """Sum x² over the tokens that are multiplied with each weight, in whichever layout it is stored.
 
-    For an expert that few tokens reach, the tokens of all experts count, as in `prune`.
+    For an expert that fewer than 32 tokens reach, the tokens of all experts count, as in `prune`.
     """
 
-    def __init__(self, layers, enough=32):
+    def __init__(self, layers):
         self.tokens = None  # which tokens of the batch are no padding
-        self._enough = enough
         self._all = layers
         # By the address of the parameter: one of its experts stands for all.
         self._layers = {layer.parameter.data_ptr(): layer for layer in layers}
@@ -342,9 +341,9 @@ class _InputSquares:
             self._counts[key] += len(rows)
 
     @torch.no_grad()
-    def zero_smallest(self, layer, sparsity):
+    def zero_smallest_half(self, layer):
         keys = {_key(layer)}
-        if layer.siblings and self._counts[_key(layer)] < self._enough:
+        if layer.siblings and self._counts[_key(layer)] < 32:
             keys = {_key(other) for other in self._all if other.siblings == layer.siblings}
         sums = [value for key, value in self._sums.items() if key in keys]
         if not sums:
@@ -364,7 +363,7 @@ class _InputSquares:
         if not total.any():  # nothing to compare: the layer stays dense
             return
         for row, scores in zip(rows, rows.abs() * total.sqrt(), strict=True):
-            smallest = scores.flatten().argsort(stable=True)[: int(scores.numel() * sparsity)]
+            smallest = scores.flatten().argsort(stable=True)[: scores.numel() // 2]
             row[torch.unravel_index(smallest, row.shape)] = 0
 
 
@@ -469,16 +468,12 @@ def _transformers_folder(model, folder):
     refuse_unloadable(model)
     model.save_pretrained(folder)
     own_file = bool(list(folder.glob("modeling_*.py")))
-    own = _dense_class(model)
+    own = getattr(type(model), "shrunk_family", type(model))
     classes = auto_classes(own, model.config)
     fitting = [getattr(hf, auto) for auto, name in classes.items() if name == own.__name__]
     auto = (fitting or [type(model)])[0]
     loaded = auto.from_pretrained(folder, trust_remote_code=own_file, dtype=torch.float32)
     return without_cache(loaded).eval(), OWN_FILE if own_file else ORDINARY
-
-
-def _dense_class(model):
-    return getattr(type(model), "shrunk_family", type(model))
 
 
 def check_uneven(family):

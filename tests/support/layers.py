@@ -1,5 +1,7 @@
 """Random layers, their statistics, and solvers and allocations applied to them."""
 
+from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,6 +23,15 @@ def rng(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+@contextmanager
+def seed(number):
+    """Seed the random numbers of the CPU; afterward they go on as before."""
+    with torch.random.fork_rng(devices=[]):
+        # torch.manual_seed would reseed the accelerators too.
+        torch.default_generator.manual_seed(number)
+        yield
+
+
 def assert_same(first, second):
     """Tensors, nested states, or the states of two models are equal."""
     if isinstance(first, nn.Module):
@@ -38,15 +49,17 @@ def random_layer(dtype=torch.float32, seed=0, shape=SHAPE, tokens=40):
     return weight.to(dtype), inputs.to(dtype)
 
 
+small_layer = partial(random_layer, torch.float64, shape=(6, 32), tokens=200)
+
+
 def wide_layer():
     return random_layer(shape=WIDE, tokens=500)
 
 
-def correlated_layer(seed, dtype=torch.float32, shape=(24, 96), tokens=600):
+def correlated_layer(seed=1, width=32):
     """A layer with correlated inputs, where the kept weights can compensate for the pruned ones."""
-    generator = rng(seed)
-    weight, tokens = random_layer(dtype, seed=seed, shape=shape, tokens=tokens)
-    return weight, tokens @ torch.randn(shape[1], shape[1], generator=generator).to(dtype) / 10
+    weight, tokens = small_layer(seed=seed, shape=(6, width))
+    return weight, tokens @ torch.randn(width, width, generator=rng(seed)).double() / 10
 
 
 def statistics(tokens, *methods):

@@ -1,6 +1,7 @@
 """Tiny models, a tokenizer and text for the tests of the modules."""
 
 import math
+from statistics import fmean
 
 import torch
 from support.layers import rng
@@ -29,8 +30,8 @@ def tiny_llama(seed=0, **kwargs):
     return LlamaForCausalLM(LlamaConfig(**sizes)).eval()
 
 
-def tiny_tokenizer(size=128):
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(size)}, unk_token="w0"))
+def tiny_tokenizer():
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(128)}, unk_token="w0"))
     words.pre_tokenizer = Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
 
@@ -46,8 +47,8 @@ def tiny_vit(num_classes=10, **kwargs):
     )
 
 
-def slow_perplexity(logits, input_ids, attention_mask=None):
-    """One token at a time, in float64, straight from the definition of perplexity over windows."""
+def slow_losses(logits, input_ids, attention_mask=None):
+    """The losses of the real tokens of each window, one token at a time, in float64."""
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     windows = []
@@ -57,13 +58,18 @@ def slow_perplexity(logits, input_ids, attention_mask=None):
             if attention_mask[window, position : position + 2].all():
                 probabilities = logits[window, position].double().softmax(-1)
                 losses.append(-math.log(probabilities[ids[position + 1]].item()))
-        if losses:
-            windows.append(sum(losses) / len(losses))
-    return math.exp(sum(windows) / len(windows))
+        windows.append(losses)
+    return windows
 
 
-def windows_of_text(count=7, tokens=24):
-    return torch.randint(128, (count, tokens), generator=rng(1))
+def slow_perplexity(logits, input_ids, attention_mask=None):
+    """Straight from the definition of perplexity over windows."""
+    windows = slow_losses(logits, input_ids, attention_mask)
+    return math.exp(fmean(fmean(losses) for losses in windows if losses))
+
+
+def windows_of_text(count=7):
+    return torch.randint(128, (count, 24), generator=rng(1))
 
 
 MASKS = {
@@ -75,10 +81,3 @@ MASKS = {
         torch.arange(ids.shape[1]) >= torch.tensor([0, 9, 22, 23, 24, 3, 5])[:, None]
     ).long(),
 }
-
-
-def slow_kl_divergence(dense, pruned):
-    """KL(dense || pruned) of two rows of logits, summed in float64 over the classes."""
-    p = dense.double().softmax(-1).tolist()
-    q = pruned.double().softmax(-1).tolist()
-    return sum(x * math.log(x / y) for x, y in zip(p, q, strict=True) if x > 0)

@@ -28,7 +28,6 @@ import wanda_lightning as wl
 from wanda_lightning.calibration.lockstep import whole_model_calls
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.callbacks import SavePretrained
-from wanda_lightning.callbacks.calibration_data import CalibrationData
 from wanda_lightning.callbacks.trainer import processes_of
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
@@ -276,30 +275,6 @@ def prune_shards(rank, folder):
     return refusal
 
 
-class PruneAtStart(L.Callback):
-    """The least that a callback must do."""
-
-    def __init__(self, config, num_samples, dataloader=None):
-        self.config = config
-        self.num_samples = num_samples
-        self.dataloader = dataloader
-        self.batches = []
-
-    def on_train_start(self, trainer, pl_module):
-        data = CalibrationData(
-            trainer, pl_module, self.dataloader, self.num_samples, processes_of(trainer)
-        )
-        target = getattr(pl_module, "pruning_target", pl_module)
-
-        def forward(batch):
-            self.batches.append(batch)
-            return data.forward(batch)
-
-        plan = make_plan(self.config, target, data.processes)
-        self.report = prune_as(plan, data.batches(), forward=forward, progress=False)
-        self.weights = whole(target)
-
-
 def trainer(strategy, *callbacks, **options):
     options = {"max_steps": 3, "num_sanity_val_steps": 1, "devices": 2, **options}
     return callbacks_trainer(*callbacks, strategy=strategy, **options)
@@ -341,17 +316,6 @@ def strategy_named(name):
     return name
 
 
-def fit(rank, num_samples, given, shuffle=False):
-    """Prune in a Trainer; the samples that this process took, and the weights."""
-    torch.manual_seed(5 + rank)
-    calibration = DataLoader(SAMPLES, batch_size=3, shuffle=shuffle) if given else None
-    callback = PruneAtStart(PruningConfig.from_names(), num_samples, calibration)
-    trainer("ddp", callback).fit(
-        Regression(), DataLoader(SAMPLES, batch_size=2), DataLoader(SAMPLES)
-    )
-    return callback.batches, callback.weights, callback.report
-
-
 class Final(L.Callback):
     """The weights before and after training."""
 
@@ -376,6 +340,31 @@ def fit_with(rank, strategy, make, zeros_in=None, blocks=True):
     loaders = DataLoader(SAMPLES, batch_size=2), DataLoader(SAMPLES, batch_size=2)
     trainer(strategy_named(strategy), callback, final).fit(module, *loaders)
     return final.pruned, final.trained, getattr(callback, "report", None)
+
+
+class Recording(Regression):
+    """Records the batches that it is calibrated on."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches = []
+
+    def calibration_step(self, batch):
+        self.batches.append(batch)
+        return self(batch)
+
+
+def fit(rank, num_samples, given, shuffle=False):
+    """Prune in a Trainer; the samples that this process took, the weights, and the report."""
+    module = Recording()
+    torch.manual_seed(5 + rank)
+    calibration = DataLoader(SAMPLES, batch_size=3, shuffle=shuffle) if given else None
+    callback = wl.WandaPrune(num_samples=num_samples, dataloader=calibration)
+    final = Final()
+    trainer("ddp", callback, final).fit(
+        module, DataLoader(SAMPLES, batch_size=2), DataLoader(SAMPLES)
+    )
+    return module.batches, final.pruned, callback.report
 
 
 def distill(rank, strategy):

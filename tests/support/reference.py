@@ -66,9 +66,9 @@ def ria(weight, tokens):
     return scores
 
 
-def saliency(weight, tokens, dampening=0.01):
+def saliency(weight, tokens):
     """The root of w_q^2 / d; d is the first diagonal entry of the inverse Gram matrix of the columns from q on."""
-    matrix = damped_gram(tokens, dampening)
+    matrix = damped_gram(tokens, 0.01)
     inverses = [np.linalg.inv(matrix[column:, column:])[0, 0] for column in range(len(matrix))]
     return (weight**2 / inverses) ** 0.5
 
@@ -105,6 +105,12 @@ def least_squares(weight, tokens, dampening, keep):
     return fitted
 
 
+def assert_least_squares(pruned, weight, tokens, dampening, keep):
+    """The kept weights of each row give the nearest outputs."""
+    expected = least_squares(weight.numpy(), tokens.numpy(), dampening, keep.numpy())
+    np.testing.assert_allclose(pruned.numpy(), expected, rtol=1e-5, atol=1e-7)
+
+
 def admm(weight, tokens, dampening, rhos, choose):
     """The mask after iterations that fit toward copy minus dual, mask fit plus dual, and update the dual (Boyd 2011).
 
@@ -125,6 +131,13 @@ def admm(weight, tokens, dampening, rhos, choose):
         copy = (fit + dual / rho) * keep
         dual = dual + rho * (fit - copy)
     return keep
+
+
+def divergence(predicted, dense, temperature=1.0, reduction="batchmean"):
+    """The Kullback-Leibler divergence of logits from the dense ones, which have one prediction a row."""
+    log_q = (predicted / temperature).log_softmax(-1)
+    log_p = (dense / temperature).log_softmax(-1)
+    return F.kl_div(log_q, log_p, reduction=reduction, log_target=True)
 
 
 def keep_largest(groups, count):
@@ -218,6 +231,16 @@ def keep(pattern, scores, sparsity):
         case Experts():
             return keep_largest(scores, round(scores.shape[1] * (1 - sparsity)))
     raise NotImplementedError(f"write the slow version of {pattern} in tests/support/reference.py")
+
+
+def survivors(pattern, keep):
+    """The number of weights that survive in each group: of N:M, of a layer, or else of a row."""
+    size = keep.shape[1]
+    if isinstance(pattern, NM):
+        size = pattern.m
+    elif getattr(pattern, "group", "row") == "layer":
+        size = keep.size
+    return keep.reshape(-1, size).sum(axis=1).tolist()
 
 
 def uniform(layers, sparsity):

@@ -19,18 +19,17 @@ class Untouched:
         pytest.fail("a batch was read before the refusal")
 
 
-def bits(tensor):
-    return tensor.detach().flatten().view(torch.uint8)  # NaN equals NaN
+def alike(first, second):
+    """Whether two tensors are equal, bit for bit: NaN equals NaN, and 0.0 is not -0.0."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    bits, others = (tensor.detach().flatten().view(torch.uint8) for tensor in (first, second))
+    return first.is_meta or torch.equal(bits, others)
 
 
 def changed(model, before):
     """Names of what is no longer as before."""
-    return [
-        name
-        for name, value in model.state_dict().items()
-        if value.dtype != before[name].dtype
-        or not (value.is_meta or torch.equal(bits(value), bits(before[name])))
-    ]
+    return [name for name, value in model.state_dict().items() if not alike(value, before[name])]
 
 
 def state_of(model):

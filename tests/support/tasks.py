@@ -124,7 +124,7 @@ def tiny_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def write_tasks(folder, documents=DOCUMENTS):
+def write_tasks(folder):
     folder.mkdir(exist_ok=True)
-    for name, rows in documents.items():
+    for name, rows in DOCUMENTS.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -218,11 +218,11 @@ def tiny(config_class, **more):
     return config_class(**small)
 
 
-def on_meta(name):
+def on_meta(name, **more):
     """Return the smallest model of a class of transformers, without weights."""
     model_class = getattr(hf, name)
     with torch.device("meta"):
-        return model_class(tiny(model_class.config_class))
+        return model_class(tiny(model_class.config_class, **more))
 
 
 @cache

@@ -22,7 +22,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers as hf
-from support.layers import rng
+from support.layers import rng, seed
 from support.mlps import Mlp, relu_mlp
 from support.tiny import HEAD, ROPE, VOCABULARY, tiny
 from timm.models.convnext import ConvNeXt
@@ -85,6 +85,11 @@ def run(model, batch):
     return output if isinstance(output, Tensor) else output[0]
 
 
+@torch.no_grad()
+def run_all(model, batches):
+    return [run(model, batch) for batch in batches]
+
+
 def matrices(model, experts=True):
     """Return every parameter with two or more dimensions by name: once per module that shares it, once per expert."""
     by_name = {}
@@ -115,9 +120,7 @@ def cast(batches, dtype=torch.float64):
 
 
 def seeded(make):
-    with torch.random.fork_rng(devices=[]):
-        # torch.manual_seed would reseed the accelerators too.
-        torch.default_generator.manual_seed(0)
+    with seed(0):
         model = make()
         _enliven(model)
     return model.float().eval()
@@ -543,8 +546,7 @@ def save_llama_of_bytes(folder):
     """Save a tiny Llama and a tokenizer whose tokens are bytes as a Hugging Face folder."""
     hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer_of_bytes()).save_pretrained(folder)
     special = dict.fromkeys(["pad_token_id", "bos_token_id", "eos_token_id"])
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
+    with seed(0):
         config = tiny(
             hf.LlamaConfig, vocab_size=256, num_key_value_heads=4, initializer_range=0.3, **special
         )

@@ -15,6 +15,7 @@ import timm
 import torch
 from support.disk import same
 from support.layers import rng
+from support.modules import VIT
 from support.pairwise import with_nightly
 from support.refusals import refuses
 from support.reports import read_json
@@ -202,12 +203,11 @@ class ImageModel:
     arguments: dict = field(default_factory=dict)
 
 
-SMALL = {"img_size": 32, "embed_dim": 32, "num_heads": 4}
-SMALL_VIT = {**SMALL, "patch_size": 8, "depth": 2}
 IMAGE_MODELS = {
-    "vit_tiny_patch16_224": ImageModel(SMALL_VIT, arguments={"mlp_ratio": 2.5}),
+    "vit_tiny_patch16_224": ImageModel(VIT, arguments={"mlp_ratio": 2.5}),
     "cait_xxs24_224": ImageModel(
-        {**SMALL, "depth": 1}, arguments={"mlp_ratio": 2.5, "mlp_ratio_token_only": 2.5}
+        {"img_size": 32, "embed_dim": 32, "num_heads": 4, "depth": 1},
+        arguments={"mlp_ratio": 2.5, "mlp_ratio_token_only": 2.5},
     ),
     # None of its attributes says for which size it was built.
     "levit_128s": ImageModel({"img_size": 64}, size=64),
@@ -287,7 +287,7 @@ def dense_and_shrunk(tmp_path_factory):
 
     @cache
     def save(name):
-        kwargs = SMALL_VIT if "vit" in name else {}
+        kwargs = VIT if "vit" in name else {}
         model = seeded(partial(timm.create_model, name, num_classes=10, **kwargs))
         images = torch.randn(4, 3, 32, 32)
         folder = tmp_path_factory.mktemp(name)

@@ -17,7 +17,7 @@ from support.pairwise import spread
 from support.quiet import prune
 from support.refusals import refuses
 from support.samples import run_of
-from support.zoo import ZOO, batches_of, cast, model_of, run, seeded
+from support.zoo import ZOO, batches_of, cast, model_of, run_all, seeded
 from torch import nn
 from torch.nn import functional as F
 
@@ -49,24 +49,17 @@ READERS = {
 PERMUTED = {"method": "wanda", "pattern": "2:4", "permutation": "assignment"}
 
 
+prune_permuted = partial(prune, **PERMUTED)
+
+
 def permute_model(model, batches, **choices):
     """Permute in place; return what was permuted."""
     choices = PERMUTED | choices
     return permute(run_of(model, batches, **choices))
 
 
-def prune_permuted(model, batches, **choices):
-    choices = PERMUTED | choices
-    return prune(model, batches, 0.5, **choices)
-
-
 def unchanged(model, dense):
     return same(model.state_dict(), dense)
-
-
-@torch.no_grad()
-def outputs(model, batches):
-    return [run(model, batch) for batch in batches]
 
 
 def specimen(name):
@@ -84,7 +77,7 @@ def test_the_model_computes_the_same(name, dtype):
     model, batches = specimen(name)
     model = model.to(dtype)
     batches = cast(batches, dtype)
-    before = outputs(model, batches)
+    before = run_all(model, batches)
     dense = deepcopy(model.state_dict())
     blocks = find_layers(model).blocks
     done = permute_model(model, batches)
@@ -93,7 +86,7 @@ def test_the_model_computes_the_same(name, dtype):
     for layer, (kept_before, kept_after) in done.kept.items():
         changed = not torch.equal(model.state_dict()[f"{layer}.weight"], dense[f"{layer}.weight"])
         assert (kept_after > kept_before) == changed
-    for old, new in zip(before, outputs(model, batches), strict=True):
+    for old, new in zip(before, run_all(model, batches), strict=True):
         assert (old.double() - new.double()).norm() < (
             1e-5 if dtype == torch.float32 else 0.02
         ) * old.double().norm()

@@ -95,35 +95,33 @@ READERS = {
 """The layers that read hidden units, by their names inside each block."""
 
 
-def coupled_run(model, batches, **choices):
-    """The plan and the samples after the search for units, and what has found them."""
+def search(model, batches, **choices):
+    """The run after the search for units, and what has found them."""
     removal = RemoveUnits()
-    run = removal.find(run_of(model, batches, pattern=EACH_OF_4, **choices))
-    return SimpleNamespace(plan=run.plan, samples=run.samples, removal=removal)
+    return removal.find(run_of(model, batches, pattern=EACH_OF_4, **choices)), removal
 
 
 def units_in(model, batches):
     """The hidden units that can be taken out, by their reader."""
-    return coupled_run(model, batches).removal.units
+    return search(model, batches)[1].units
 
 
 @pytest.fixture(scope="module", params=READERS)
 def pruned(request):
     """A model whose units were pruned, what was found before, and the zero units of each reader."""
     model, batches = specimen(request.param)
-    found = coupled_run(model, batches)
+    searched, removal = search(model, batches)
     dense = deepcopy(model)
     report = prune_units(model, batches, solver="zero_out", keep_batch_norm=True)
-    units = found.removal.units
     return SimpleNamespace(
         name=request.param,
         model=model,
         batches=batches,
         dense=dense,
         report=report,
-        blocks=found.plan.inventory.blocks,
-        units=units,
-        zero={reader: each.slots[-1].zeros() for reader, each in units.items()},
+        blocks=searched.plan.inventory.blocks,
+        units=removal.units,
+        zero={reader: units.slots[-1].zeros() for reader, units in removal.units.items()},
         outputs=run(model, batches[0]).detach(),
     )
 
@@ -255,9 +253,9 @@ def test_units_that_depend_on_others_stay_dense(make, coupled):
     model = chain(make)
     if model[1].scale < 1:
         nn.init.zeros_(model[1].down.weight)
-    found = coupled_run(model, vectors())
-    assert list(found.removal.units) == [f"{index}.down" for index in coupled]
-    assert {m.reason for m in found.plan.inventory.skipped if m.name.endswith("down")} == {
+    searched, removal = search(model, vectors())
+    assert list(removal.units) == [f"{index}.down" for index in coupled]
+    assert {m.reason for m in searched.plan.inventory.skipped if m.name.endswith("down")} == {
         SkipReason.UNCOUPLED
     }
 
@@ -321,8 +319,8 @@ def test_the_units_with_the_smallest_sums_of_squared_scores_become_zero():
 def test_fisher_scores_units_by_their_effect_on_the_loss(name):
     """Against autograd: (x * dL/dx)^2 summed over tokens, with the labels that are drawn in the package."""
     (model, batches), held = specimen(name), {}
-    own = coupled_run(model, batches, allocation="fisher")
-    expected = dict.fromkeys(own.removal.units, 0.0)
+    own, removal = search(model, batches, allocation="fisher")
+    expected = dict.fromkeys(removal.units, 0.0)
 
     def keep(reader, module, args):
         held[reader] = args[0]
@@ -349,7 +347,7 @@ def test_fisher_scores_units_by_their_effect_on_the_loss(name):
             own.samples,
             lambda _: None,
             GradientLimit(),
-            own.removal.unit_columns,
+            removal.unit_columns,
         )
     for reader, value in expected.items():
         assert_close(got[reader].units, value, rtol=1e-3, atol=1e-9)
@@ -400,11 +398,7 @@ def test_fisher_takes_the_units_with_the_smallest_scores_for_their_costs():
 def test_what_a_unit_costs_is_that_of_its_rows_and_columns(cost, per_unit):
     blocks = [InvertedResidual(16, 16, stride=stride, exp_ratio=2) for stride in (2, 1)]
     model = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(256, 10)).eval()
-    run = run_of(
-        model, random(1, 16, 8, 8), sparsity=0.5, pattern=EACH_OF_4, allocation=Fisher(cost=cost)
-    )
-    removal = RemoveUnits()
-    removal.find(run)
+    _, removal = search(model, random(1, 16, 8, 8), allocation=Fisher(cost=cost))
     assert tuple(removal.costs.values()) == per_unit
 
 

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from support.disk import same
 from support.layers import rng
 from support.mlps import MIXING, Mlp, relu_mlp
+from support.modules import VIT
 from support.quiet import prune
 from support.refusals import refuses
 from support.tiny import tiny
@@ -23,10 +24,7 @@ import wanda_lightning as wl
 from wanda_lightning.units.block_runs import BlockRuns
 
 IMAGES = {
-    "vit": (
-        "vit_tiny_patch16_224",
-        {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 4},
-    ),
+    "vit": ("vit_tiny_patch16_224", VIT),
     "convnext": ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40)}),
     "resnet18": ("resnet18", {}),
     "efficientnet": ("efficientnet_lite0", {}),

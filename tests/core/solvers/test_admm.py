@@ -5,9 +5,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from numpy.testing import assert_allclose
 from support import reference
-from support.layers import correlated_layer, output_error, random_layer, rng, solve
+from support.layers import correlated_layer, output_error, random_layer, rng, small_layer, solve
 from support.reference import assert_keeps
 
 from wanda_lightning.core.patterns import NM, Unstructured
@@ -25,7 +24,7 @@ def by_hand(weight, tokens, solver, pattern, factor=1):
 @pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), NM(2, 4)], ids=str)
 @pytest.mark.parametrize("iterations", [1, 6, 10])
 def test_the_mask_is_that_of_the_iterations_one_by_one(pattern, iterations):
-    weight, tokens = correlated_layer(1, torch.float64, shape=(6, 32), tokens=200)
+    weight, tokens = correlated_layer()
     solver = ADMM(iterations=iterations)
     _, keep = solve(solver, weight, tokens, pattern=pattern)
     assert_keeps(keep, by_hand(weight, tokens, solver, pattern))
@@ -33,7 +32,7 @@ def test_the_mask_is_that_of_the_iterations_one_by_one(pattern, iterations):
 
 def test_a_factorization_that_is_retried_changes_rho_everywhere(monkeypatch):
     """The factor and the pull toward the masked copy must have the same rho."""
-    weight, tokens = correlated_layer(1, torch.float64, shape=(6, 32), tokens=200)
+    weight, tokens = correlated_layer()
     original = torch.linalg.cholesky_ex
     calls = []
 
@@ -63,11 +62,6 @@ def test_wandas_mask_is_used_if_inputs_do_not_correlate():
 
 
 def test_the_weights_are_the_least_squares_of_the_mask():
-    weight, tokens = random_layer(torch.float64, shape=(6, 32), tokens=200)
+    weight, tokens = small_layer()
     pruned, keep = solve(ADMM(dampening=0.05, refit_steps=200), weight, tokens)
-    assert_allclose(
-        pruned.numpy(),
-        reference.least_squares(weight.numpy(), tokens.numpy(), 0.05, keep.numpy()),
-        rtol=1e-5,
-        atol=1e-7,
-    )
+    reference.assert_least_squares(pruned, weight, tokens, 0.05, keep)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from numpy.testing import assert_allclose
 from support import reference
-from support.layers import WIDE, random_layer, solve, wide_layer
+from support.layers import WIDE, random_layer, small_layer, solve, wide_layer
 from support.reference import assert_keeps
 
 from wanda_lightning.core.criteria import Magnitude, Saliency, Wanda
@@ -24,7 +24,7 @@ def assert_updated(pruned, weight, tokens, keep):
 @pytest.mark.parametrize("criterion", [Magnitude(), Wanda(), Saliency()])
 def test_an_upfront_mask_gets_the_surgeons_update(criterion):
     # Two blocks of columns.
-    weight, tokens = random_layer(torch.float64, shape=(6, 150), tokens=300)
+    weight, tokens = small_layer(shape=(6, 150), tokens=300)
     pruned, keep = solve(SparseGPT(mask="upfront"), weight, tokens, criterion)
     scores = reference.SCORES[type(criterion).__name__.lower()](weight.numpy(), tokens.numpy())
     assert_keeps(keep, reference.keep_by_row(scores, 0.5))
@@ -38,7 +38,7 @@ EVERY_BLOCK_SIZE = pytest.mark.parametrize("block_size", [40, 20, 1000])
 @pytest.mark.parametrize("pattern", [Unstructured(), Unstructured("layer"), *N_OF_M], ids=str)
 @EVERY_BLOCK_SIZE
 def test_a_mask_chosen_by_blocks_gets_the_surgeons_update(pattern, block_size):
-    weight, tokens = random_layer(torch.float64, shape=(6, 100), tokens=200)
+    weight, tokens = small_layer(shape=(6, 100))
     pruned, keep = solve(SparseGPT(block_size=block_size), weight, tokens, pattern=pattern)
     assert_updated(pruned, weight, tokens, keep)
 
@@ -46,7 +46,7 @@ def test_a_mask_chosen_by_blocks_gets_the_surgeons_update(pattern, block_size):
 @pytest.mark.parametrize("pattern", N_OF_M, ids=str)
 @EVERY_BLOCK_SIZE
 def test_a_group_is_chosen_by_the_weights_as_they_are_when_it_is_reached(pattern, block_size):
-    weight, tokens = random_layer(torch.float64, shape=(6, 100), tokens=200)
+    weight, tokens = small_layer(shape=(6, 100))
     _, keep = solve(SparseGPT(block_size=block_size), weight, tokens, pattern=pattern)
     group = slice(pattern.m * 7, pattern.m * 8)
     keep_before = keep.clone()
