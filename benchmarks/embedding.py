@@ -34,7 +34,7 @@ from wanda_lightning import (
 
 NUMBERS = ("float32", "int8")
 WIDTHS = ("50", "75")
-TRAINED = ("50",)
+TRAINED = ("50", "75")
 PIECES = 25600  # of text, to train on
 LENGTHS = {1: 32, 32: 64}  # tokens, by the number of sentences
 PACKAGES = ("onnxruntime", "openvino", "nncf")

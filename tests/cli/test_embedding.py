@@ -77,7 +77,7 @@ def test_shrink_writes_a_smaller_folder(command):
         ("--calibration self", "--calibration must be left out for an embedding model"),
         ("--evaluation missing.csv", "missing.csv"),
         ("--evaluation stsb,stsb", "must be one file of pairs"),
-        ("--evaluation python-docs", "evaluation must be stsb or an existing .csv file"),
+        ("--evaluation wikitext2", "evaluation must be stsb or an existing .csv file"),
     ],
 )
 def test_wrong_options_are_refused(command, options, message, capsys):

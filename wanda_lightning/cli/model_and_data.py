@@ -67,7 +67,8 @@ def data_for(
 
 def _pairs(data: Data | Measurements) -> str:
     """Return the pairs of sentences to measure on: STS-B in place of the default, which is a text."""
-    if data.evaluation in ((), Data.evaluation):
+    # The same object if the option was not given: a text that was asked for is refused.
+    if not data.evaluation or data.evaluation is Data.evaluation:
         return STSB
     if len(data.evaluation) > 1:
         raise UserError("--evaluation must be one file of pairs, or stsb, for an embedding model.")
