@@ -81,6 +81,7 @@ def test_the_flags_of_the_reference_prune_and_measure(inputs, choices):
 
     text = (inputs / "other.txt").read_text()
     measured = report_in("out/logs").run
+    assert measured.loops.data == "6 continuations"
     assert measured.before == pytest.approx(perplexity_by_hand(dense, text, 6), rel=1e-6)
     assert measured.after == pytest.approx(perplexity_by_hand(pruned, text, 6), rel=1e-6)
     agreement = measured.agreement

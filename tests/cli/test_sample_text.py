@@ -8,7 +8,13 @@ import transformers
 from support.cli import IGNORED_WARNINGS
 from transformers import AutoModelForCausalLM
 
-from wanda_lightning.cli.sample_text import PROMPTS, continuation, continuations
+from wanda_lightning.cli.sample_text import (
+    PROMPTS,
+    continuation,
+    continuations,
+    count_loops,
+    ends_in_a_loop,
+)
 
 pytestmark = IGNORED_WARNINGS
 
@@ -27,6 +33,27 @@ def test_text_is_the_most_likely_one_however_the_model_samples(inputs, caplog):
     with caplog.at_level(logging.WARNING):
         assert continuation(model, tokenizer, PROMPTS[0]) == expected
     assert caplog.messages == []
+
+
+@pytest.mark.parametrize(("end", "expected"), [(None, (2, 2)), (7, (0, 2)), ([3, 7], (0, 2))])
+def test_a_model_that_repeats_a_token_is_in_a_loop_unless_it_ends(inputs, end, expected):
+    model = AutoModelForCausalLM.from_pretrained(inputs / "llama").eval()
+    model.generation_config.eos_token_id = end
+
+    def always_7(module, args, logits):
+        logits[..., 7] = logits.max() + 1
+        return logits
+
+    model.lm_head.register_forward_hook(always_7)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(inputs / "llama")
+    assert count_loops(model, tokenizer, torch.ones(2, 40, dtype=torch.long)) == expected
+
+
+def test_a_loop_may_have_any_length_and_must_last_until_the_end():
+    assert ends_in_a_loop([9, 1, 2, 3, 1, 2, 3, 1, 2, 3])
+    assert ends_in_a_loop([4, 4, 4])
+    assert not ends_in_a_loop([1, 2, 3, 1, 2, 3])
+    assert not ends_in_a_loop([4, 4, 4, 5])
 
 
 def test_a_model_that_cannot_generate_is_a_warning(inputs):

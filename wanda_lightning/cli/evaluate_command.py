@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
+import torch
+
 from wanda_lightning.cli.measure import logged_results, measure
 from wanda_lightning.cli.model_and_data import data_for, load
 from wanda_lightning.cli.options import File, Measurements, Models, values_of
 from wanda_lightning.cli.printing import print_line, print_table
+from wanda_lightning.cli.sample_text import count_loops
 from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import load_config, load_tokenizer
@@ -136,6 +139,10 @@ def _measure_one(
             list(results.values())[1:]
         ):  # the first are of the sparsity
             values |= dense.agreement.metrics(number)
+        if isinstance(prepared.data, TextDataModule):
+            # At its end, the Trainer moves the model to the CPU.
+            module.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+            results |= _loops(module, prepared.data)
     if tasks:
         accuracies, answers = answer(
             module.model, module.tokenizer, tasks, data.batch_size or 4, data.task_limit
@@ -146,6 +153,17 @@ def _measure_one(
             dense.answers = answers
         results |= accuracies
     return results
+
+
+def _loops(module: Any, data: TextDataModule) -> Results:
+    """Return the share of continuations that end in a loop."""
+    counted = count_loops(module.model, module.tokenizer, data.windows_of(data.evaluations[0]))
+    if counted is None:
+        return {}
+    loops, prompts = counted
+    share = loops / prompts
+    error = (share * (1 - share) / prompts) ** 0.5
+    return {"continuations": {"in_a_loop": share, "in_a_loop_stderr": error, "prompts": prompts}}
 
 
 def _results(metrics: Mapping[str, float], data: Any) -> Results:

@@ -20,7 +20,7 @@ from wanda_lightning.cli.measure import logged_results, measure, metric_of
 from wanda_lightning.cli.model_and_data import AnyData, data_for, load
 from wanda_lightning.cli.options import PruneOptions, Results, as_command, values_of
 from wanda_lightning.cli.printing import print_line, print_table
-from wanda_lightning.cli.sample_text import PROMPTS, continuations
+from wanda_lightning.cli.sample_text import PROMPTS, continuations, count_loops
 from wanda_lightning.cli.saving import upload_saved, write_results
 from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.atomic_write import require_writable, resolve_path
@@ -43,6 +43,7 @@ from wanda_lightning.report.descriptions import (
     agreement_in_a_sentence,
     change_of,
     cost_of,
+    loops_of,
 )
 from wanda_lightning.streaming import shrink_from_disk
 from wanda_lightning.streaming.checkpoint import Checkpoint
@@ -59,6 +60,7 @@ class _Measurement:
 
     metrics: dict[str, float] = field(default_factory=dict)
     texts: list[str] = field(default_factory=list)
+    loops: tuple[int, int] | None = None  # among continuations, and their number
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,10 @@ def _prune_in_memory(config: PruningConfig, options: PruneOptions) -> Iterator[_
         if data.evaluation:
             measured.metrics.update(measure(module, source, agreement, is_dense))
         module.to(device)  # at its end, the Trainer moves the model to the CPU
+        if data.evaluation and isinstance(source, TextDataModule):
+            windows = source.windows_of(source.evaluations[0])
+            loops = count_loops(module.model, module.tokenizer, windows)
+            measured = replace(measured, loops=loops)
         if results.report and model.is_language:
             measured.texts.extend(continuations(module.model, module.tokenizer))
         return measured
@@ -277,6 +283,7 @@ def _circumstances(
         calibration=calibration,
         costs=_costs(done, options.results.save_model, is_smaller),
         samples=tuple(map(Continuations, PROMPTS, done.dense.texts, done.pruned.texts)),
+        loops=_loops(done),
         date=datetime.now(UTC).date().isoformat(),
     )
     if not done.dense.metrics:
@@ -300,6 +307,15 @@ def _results(done: _Pruned) -> Iterator[Measured]:
             after_error=after.get(error),
             agreement=done.agreement.metrics(number),
         )
+
+
+def _loops(done: _Pruned) -> Measured | None:
+    """Return the shares of continuations that end in a loop, if both models have continued prompts."""
+    before = done.dense.loops
+    after = done.pruned.loops
+    if not before or not after:
+        return None
+    return Measured(f"{after[1]} continuations", before[0] / before[1], after[0] / after[1])
 
 
 def _costs(done: _Pruned, folder: str | None, is_smaller: bool) -> tuple[Measured, ...]:
@@ -333,6 +349,8 @@ def _summary(
         sentence = agreement_in_a_sentence(result)
         if sentence:
             yield sentence
+    if run.loops:
+        yield loops_of(run.loops)
     for cost in run.costs:
         yield cost_of(cost)
     for note in report.notes:

@@ -1,45 +1,99 @@
-"""Text by a language model after a few prompts, for the page of a report."""
+"""Text by a language model after prompts: to read, and to count how often the model falls into a loop."""
 
 import warnings
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 from wanda_lightning.common.evaluation_mode import evaluating
 from wanda_lightning.common.wording import one_line
 
 PROMPTS = ("The capital of France is", "To make a good cup of tea, first", "def is_prime(n):")
 _NEW_TOKENS = 40
+_REPETITIONS = 3  # of an n-gram that make a loop
+_LOOP_PROMPTS = 32
+_LOOP_PROMPT_TOKENS = 32
+_LOOP_NEW_TOKENS = 64
+
+_Result = TypeVar("_Result")
 
 
 def continuations(model: Any, tokenizer: Any) -> list[str]:
     """Continue each prompt; warn, and return nothing, if the model cannot generate text."""
+    return _generated(
+        model, lambda: [continuation(model, tokenizer, prompt) for prompt in PROMPTS], []
+    )
+
+
+def _generated(model: Any, generate: Callable[[], _Result], default: _Result) -> _Result:
     try:
         with evaluating(model):
-            return [continuation(model, tokenizer, prompt) for prompt in PROMPTS]
+            return generate()
     except Exception as error:  # code of the model, whose errors must not end a run that has pruned
         name = type(model).__name__
         warnings.warn(
             f"{name} cannot continue a prompt, so the report has no text: {one_line(error)}",
-            stacklevel=2,
+            stacklevel=3,
         )
-        return []
+        return default
 
 
 def continuation(model: Any, tokenizer: Any, prompt: str) -> str:
     """Return the most likely tokens after a prompt, at most 40 and as many as fit into the model's context."""
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    length = inputs.input_ids.shape[1]
-    new_tokens = _NEW_TOKENS
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    tokens = _most_likely(model, tokenizer, ids, _NEW_TOKENS)
+    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+def count_loops(model: Any, tokenizer: Any, windows: Tensor) -> tuple[int, int] | None:
+    """Return how many continuations end in a loop, and of how many; warn, and return None, if there are none.
+
+    The prompts are the first 32 tokens of at most 32 windows, and the continuations the 64 most likely tokens. A
+    continuation that ends by itself is no loop.
+    """
+    prompts = windows[:_LOOP_PROMPTS, :_LOOP_PROMPT_TOKENS]
+    ends = model.generation_config.eos_token_id
+    ends = {*ends} if isinstance(ends, list) else {ends}
+
+    def count() -> tuple[int, int]:
+        rows = _most_likely(model, tokenizer, prompts, _LOOP_NEW_TOKENS)
+        loops = [row for row in rows if ends.isdisjoint(row) and ends_in_a_loop(row)]
+        return len(loops), len(rows)
+
+    return _generated(model, count, None)
+
+
+def ends_in_a_loop(tokens: Sequence[int]) -> bool:
+    """Return whether tokens end with the same n-gram three times in a row, for any n.
+
+    >>> ends_in_a_loop([5, 1, 2, 1, 2, 1, 2])
+    True
+    >>> ends_in_a_loop([1, 2, 1, 2, 1, 3])
+    False
+    """
+    for n in range(1, len(tokens) // _REPETITIONS + 1):
+        if [*tokens[-n * _REPETITIONS :]] == [*tokens[-n:]] * _REPETITIONS:
+            return True
+    return False
+
+
+def _most_likely(model: Any, tokenizer: Any, ids: Tensor, new_tokens: int) -> list[list[int]]:
+    """Return the most likely tokens after each prompt; after the token that ends a text, padding."""
+    length = ids.shape[1]
     context = getattr(model.config.get_text_config(), "max_position_embeddings", 0)
     if context:
         new_tokens = min(new_tokens, context - length)
 
-    # transformers warns if there is no padding token, although a single prompt needs no padding.
+    # transformers warns if there is no padding token, although prompts of one length need no padding.
     padding = tokenizer.pad_token_id
     if padding is None:
         padding = tokenizer.eos_token_id or 0
 
     generated = model.generate(
-        **inputs,
+        ids.to(model.device),
+        attention_mask=torch.ones_like(ids).to(model.device),
         max_new_tokens=new_tokens,
         pad_token_id=padding,
         do_sample=False,
@@ -48,4 +102,4 @@ def continuation(model: Any, tokenizer: Any, prompt: str) -> str:
         top_p=None,
         top_k=None,
     )
-    return tokenizer.decode(generated[0, length:], skip_special_tokens=True)
+    return [row[length:].tolist() for row in generated]

@@ -22,10 +22,21 @@ Metrics = dict[str, float]
 Results = dict[str, Metrics]
 """Metrics by text, task or data set."""
 
-_COUNTS = ("windows", "documents", "images", "pairs")  # metrics that are the number of samples
+_COUNTS = (
+    "windows",
+    "documents",
+    "images",
+    "pairs",
+    "prompts",
+)  # metrics that are the number of samples
 _PREDICTIONS = "predictions"  # as `_COUNTS`, for the measures of agreement with the dense model
 _ERROR = "_stderr"  # suffix of a metric's standard error
-_SPARSITY = {"layers": "of prunable layers", "model": "of the model"}
+# Metrics that are shown in other words.
+_WORDS = {
+    "layers": "of prunable layers",
+    "model": "of the model",
+    "in_a_loop": "that end in a loop",
+}
 
 
 def sparsity_of(model: Module) -> Metrics:
@@ -110,7 +121,7 @@ class Evaluation:
 def _heading(data: str, metric: str, of_models: Iterable[Metrics]) -> str:
     """Return the heading of a row, such as `rte acc (277 documents)`."""
     names: Sequence[str] = _COUNTS
-    words = _SPARSITY.get(metric, metric)
+    words = _WORDS.get(metric, metric)
     if metric in MEASURES:
         names = [_PREDICTIONS]
         words = MEASURES[metric].title

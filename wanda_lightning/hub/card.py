@@ -183,6 +183,10 @@ def _results(run: Circumstances) -> tuple[list[tuple[str, str, str]], list[Any]]
                 EvalResult(metric.task, kind, data, metric.on_hub, after, metric_name=metric.name)
             )
 
+    if run.loops:
+        name = f"Texts that end in a loop, {run.loops.data}"
+        rows.append((name, TOP1.text(run.loops.before), TOP1.text(run.loops.after)))
+
     for task, scores in run.zero_shot.items():
         accuracy = scores["acc"]
         rows.append((f"{task}, accuracy", "", TOP1.text(accuracy)))

@@ -179,6 +179,11 @@ def cost_of(result: Measured) -> str:
     return f"{result.data[0].upper()}{result.data[1:]}: {result.after:,.1f} (dense: {result.before:,.1f})."
 
 
+def loops_of(result: Measured) -> str:
+    """Return a sentence on the continuations that end in a loop."""
+    return f"In a loop end {result.after:.1%} of {result.data} (dense: {result.before:.1%})."
+
+
 def limits_of(report: ReportData) -> str:
     """Return a sentence on the layers at which the allocation has reached its limits; empty if there are none."""
     if "allocation_limits" not in report.config:

@@ -259,6 +259,8 @@ class Circumstances:
     # Metrics of the pruned model, by zero-shot task.
     zero_shot: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     samples: tuple[Continuations, ...] = ()  # text by both models
+    # Shares of continuations that end in a loop; `data` says of how many.
+    loops: Measured | None = None
     date: str = ""  # on which both models were measured, as in ISO 8601
 
     @property
