@@ -137,7 +137,9 @@ def _prune_in_memory(config: PruningConfig, options: PruneOptions) -> Iterator[_
         if data.evaluation:
             measured.metrics.update(measure(module, source, agreement, is_dense))
         module.to(device)  # at its end, the Trainer moves the model to the CPU
-        if data.evaluation and isinstance(source, TextDataModule):
+        # Text takes a while, and matters to those who will read it.
+        writes_text = results.report or results.save_model
+        if writes_text and data.evaluation and isinstance(source, TextDataModule):
             windows = source.windows_of(source.evaluations[0])
             loops = count_loops(module.model, module.tokenizer, windows)
             measured = replace(measured, loops=loops)
