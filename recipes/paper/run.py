@@ -4,6 +4,7 @@
     python recipes/paper/run.py recipes/paper/*.yaml --out out/paper --only '7B/wanda_*' 'opt/*' --dry_run
     python recipes/paper/run.py recipes/paper/llama.yaml --out out/small --model MODEL.gguf \
         --set nsamples=16 seqlen=512 limit=40 calibration=python-docs eval=python-docs
+    python recipes/paper/run.py recipes/paper/*.yaml --out out/paper --dry_run --table docs/paper.md
 
 Cost and result: the cells of llama.yaml at 50 % and 2:4 on SmolLM2-135M-Instruct, with the options and texts of
 docs/measured.md, take 13 minutes on 2 CPU cores and give the numbers there. No table has been run on the paper's
@@ -285,6 +286,51 @@ def table_of(family: str, cells: Sequence[Cell], rows: Sequence[Mapping[str, Any
     return table
 
 
+def write_table(path: Path, cells: Sequence[Cell], out: Path) -> None:
+    """Write a page of Markdown with a table for each family: the published number of each cell beside the measured one.
+
+    The column of measured numbers is empty for cells that are not finished.
+    """
+    lines = [
+        "# Reproduce the paper",
+        "",
+        "Each row is a number of the Wanda paper. An empty *published* is one that we found in no public text.",
+        "*measured* is filled from finished runs. This runs all cells of a family, and goes on after an interruption;",
+        "`--only CELL` runs one of them:",
+        "",
+        "```bash",
+        f"python recipes/paper/run.py recipes/paper/FAMILY.yaml --out {out} --table FILE.md",
+        "```",
+        "",
+        "This page is the table of all families, written with `--dry_run`, which runs nothing.",
+    ]
+    for family in dict.fromkeys(cell.family for cell in cells):
+        own = [cell for cell in cells if cell.family == family]
+        options = " ".join(f"--{name} {value}" for name, value in _shared(own).items())
+        lines += ["", f"## {family}", "", own[0].caption or "Nothing is published.", ""]
+        lines += [f"`wanda-lightning prune {options} ...`", ""]
+        lines += ["| cell | published | measured | options |", "| --- | ---: | ---: | --- |"]
+        for cell in own:
+            record = cell.finished(out)
+            measured = ""
+            if record is not None and record["options"] == cell.options:
+                measured = _number(record)
+            published = cell.published.get(cell.name)
+            shown = "" if published is None else f"{published:.2f}"
+            choices = " ".join(f"--{name} {value}" for name, value in cell.own.items())
+            lines.append(f"| {cell.path} | {shown} | {measured} | `{choices}` |")
+    with atomic_write(path) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _shared(cells: Sequence[Cell]) -> dict[str, str]:
+    """Return the options that all cells of a family share, which are those of the family."""
+    first = cells[0]
+    return {
+        name: value for name, value in first.options.items() if name not in ("model", *first.own)
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -317,6 +363,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--set", nargs="+", default=[], metavar="OPTION=VALUE", help="such as nsamples=16 limit=40"
     )
     parser.add_argument(
+        "--table",
+        type=Path,
+        metavar="FILE.md",
+        help="write a page with published and measured numbers",
+    )
+    parser.add_argument(
         "--dry_run", action="store_true", help="print the commands of the unfinished cells"
     )
     parser.add_argument(
@@ -338,8 +390,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 record = cell.finished(out)
                 if record is None or record["options"] != cell.options:
                     print(shlex.join(["wanda-lightning", *cell.command(out)]))
+        else:
+            rows = run_all(cells, out)
+        if arguments.table:
+            write_table(arguments.table, cells, out)
+        if arguments.dry_run:
             return 0
-        rows = run_all(cells, out)
     except (ValueError, OSError) as error:
         print(f"run.py: error: {error}", file=sys.stderr)
         return 1

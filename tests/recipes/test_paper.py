@@ -77,6 +77,24 @@ def test_a_family_says_how_to_run_it_and_where_its_numbers_are_from(path):
     assert not published or (content["source"] and content["options"]["seqlen"])
 
 
+def test_the_page_of_all_tables_is_that_of_the_recipes(tmp_path):
+    page = tmp_path / "paper.md"
+    assert run(*FAMILIES, "--out", "out/paper", "--dry_run", "--table", page) == 0
+    assert page.read_text() == (PAPER.parents[1] / "docs" / "paper.md").read_text()
+
+
+def test_the_table_is_filled_from_finished_runs(family):
+    path = family()
+    assert run(path, "--out", "out", "--only", "wanda_2to4", "--table", "table.md") == 0
+    (row,) = [row for row in rows() if row["cell"] == "wanda_2to4"]
+    lines = Path("table.md").read_text().splitlines()
+    assert f"| tiny/1B/wanda_2to4 | 222.25 | {row['ours']:.2f} | `--sparsity_type 2:4` |" in lines
+    assert run(path, "--out", "out", "--dry_run", "--table", "table.md") == 0
+    lines = Path("table.md").read_text().splitlines()
+    assert f"| tiny/1B/wanda_2to4 | 222.25 | {row['ours']:.2f} | `--sparsity_type 2:4` |" in lines
+    assert "| tiny/1B/magnitude_50 |  |  | `--prune_method magnitude` |" in lines
+
+
 def choices_in(cell):
     """The pattern and the sparsity that the name of a cell says."""
     method, *_, last = cell.name.split("_")
