@@ -85,7 +85,9 @@ def test_wrong_options_are_refused(command, options, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_wrong_score_is_refused_before_the_model_is_load(command, capsys, monkeypatch, tmp_path):
+def test_a_wrong_score_is_refused_before_the_model_is_loaded(
+    command, capsys, monkeypatch, tmp_path
+):
     monkeypatch.delattr("wanda_lightning.cli.model_and_data.EmbeddingModule")
     save_pairs(tmp_path / "pairs.csv", [("a", "b", "high")])
     assert run(*command) == 2
