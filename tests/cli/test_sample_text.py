@@ -49,6 +49,18 @@ def test_a_model_that_repeats_a_token_is_in_a_loop_unless_it_ends(inputs, end, e
     assert count_loops(model, tokenizer, torch.ones(2, 40, dtype=torch.long)) == expected
 
 
+def test_the_configuration_of_the_model_does_not_keep_it_from_a_loop(inputs):
+    model = AutoModelForCausalLM.from_pretrained(inputs / "llama").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(inputs / "llama")
+    windows = torch.ones(2, 40, dtype=torch.long)
+    plain = count_loops(model, tokenizer, windows)
+    model.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=1)
+    assert count_loops(model, tokenizer, windows) == plain
+    del model.generation_config
+    with pytest.warns(UserWarning, match="cannot continue a prompt"):
+        assert count_loops(model, tokenizer, windows) is None
+
+
 def test_a_loop_may_have_any_length_and_must_last_until_the_end():
     assert ends_in_a_loop([9, 1, 2, 3, 1, 2, 3, 1, 2, 3])
     assert ends_in_a_loop([4, 4, 4])
@@ -60,7 +72,7 @@ def test_a_model_that_cannot_generate_is_a_warning(inputs):
     model = AutoModelForCausalLM.from_pretrained(inputs / "llama")
     model.generate = None
     with pytest.warns(
-        UserWarning, match="LlamaForCausalLM cannot continue a prompt, so the report has no text"
+        UserWarning, match="LlamaForCausalLM cannot continue a prompt, so no text is shown"
     ):
         assert (
             continuations(model, transformers.AutoTokenizer.from_pretrained(inputs / "llama")) == []

@@ -13,6 +13,7 @@ from support.refusals import refuses
 from support.tasks import DOCUMENTS, accuracies_by_hand, tiny_llama, tiny_tokenizer, write_tasks
 
 from wanda_lightning.evaluation import PAPER_TASKS, load_tasks, zero_shot
+from wanda_lightning.evaluation.tasks import answer, flips
 
 
 @pytest.mark.parametrize(
@@ -93,8 +94,91 @@ def test_names_of_tasks(tmp_path):
 
 
 def test_an_unknown_task_is_refused_with_the_nearest_one():
-    with refuses(r"^tasks must be among .* but one is 'arc_eazy'\. Did you mean arc_easy"):
+    with refuses(r"^tasks must be names that lm-eval knows, .* 'arc_eazy'\. Did you mean arc_easy"):
         load_tasks(["boolq", "arc_eazy"])
+
+
+GSM8K = [
+    {"question": "What is 1 + 1?", "answer": "It is 2.\n#### 2"},
+    {"question": "What is 2 + 3?", "answer": "It is 5.\n#### 5"},
+    {"question": "What is 9 - 8?", "answer": "It is 1.\n#### 1"},
+]
+
+
+@pytest.fixture
+def written_answers(tmp_path):
+    """A task whose answers the model writes, with one example in each prompt."""
+    lines = [json.dumps(document) for document in GSM8K]
+    (tmp_path / "gsm8k.jsonl").write_text("\n".join(lines))
+    return load_tasks(["gsm8k"], tmp_path, num_fewshot=1)
+
+
+def test_answers_that_the_model_writes(written_answers, monkeypatch):
+    prompts = []
+
+    def generate_until(self, requests, **_):
+        prompts.extend(request.args[0] for request in requests)
+        return ["I do not know.", "#### 5", "It may be 1"]
+
+    monkeypatch.setattr("lm_eval.models.huggingface.HFLM.generate_until", generate_until)
+    results, answers = answer(tiny_llama(0), tiny_tokenizer(), written_answers, 2, None)
+    assert answers == {"gsm8k": [False, True, False]}
+    metrics = results["gsm8k"]
+    assert metrics["exact_match,strict-match"] == pytest.approx(1 / 3)
+    assert metrics["exact_match,flexible-extract"] == pytest.approx(2 / 3)
+    assert metrics["documents"] == 3
+    for prompt, document in zip(prompts, GSM8K, strict=True):
+        assert prompt.count("Question:") == 2
+        assert prompt.endswith(f"Question: {document['question']}\nAnswer:")
+        assert prompt.count(document["question"]) == 1  # an example is another document
+
+
+def test_a_tiny_model_writes_answers(written_answers):
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(0)  # lm-eval ends answers with it
+    model = tiny_llama(0)
+    model.config.max_position_embeddings = 512  # an answer may have 256
+    results, answers = answer(model, tokenizer, written_answers, 2, 1)
+    assert answers == {"gsm8k": [False]}
+    assert results["gsm8k"]["documents"] == 1
+
+
+def test_prompts_in_a_chat_template(written_answers, monkeypatch):
+    prompts = []
+
+    def generate_until(self, requests, **_):
+        prompts.extend(request.args[0] for request in requests)
+        return [""] * len(requests)
+
+    monkeypatch.setattr("lm_eval.models.huggingface.HFLM.generate_until", generate_until)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+    )
+    answer(tiny_llama(0), tokenizer, written_answers, 2, None, apply_chat_template=True)
+    assert all(prompt.startswith("<user>Question:") for prompt in prompts)
+    assert all(prompt.count("<assistant>") == 1 for prompt in prompts)
+
+
+def test_code_by_the_model_runs_only_with_permission(written_answers, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(written_answers["gsm8k"]), "UNSAFE_CODE", True, raising=False)
+    with refuses("gsm8k runs code that the model writes. .* HF_ALLOW_CODE_EVAL=1"):
+        load_tasks(["gsm8k"], tmp_path)
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    assert list(load_tasks(["gsm8k"], tmp_path)) == ["gsm8k"]
+
+
+def test_flips_are_counted_by_task():
+    dense = {"a": [True, True, False, False], "b": []}
+    pruned = {"a": [True, False, True, False], "b": []}
+    assert flips(dense, pruned) == {
+        "a": {
+            "right_to_wrong": 0.25,
+            "wrong_to_right": 0.25,
+            "right_to_wrong_stderr": (0.25 * 0.75 / 4) ** 0.5,
+            "wrong_to_right_stderr": (0.25 * 0.75 / 4) ** 0.5,
+        }
+    }
 
 
 PAGE = (Path(__file__).parents[2] / "docs" / "tasks.md").read_text(encoding="utf-8").splitlines()

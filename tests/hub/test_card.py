@@ -13,7 +13,7 @@ from support.modules import tiny_llama, tiny_tokenizer
 from support.quiet import prune
 
 from wanda_lightning import CausalLMModule
-from wanda_lightning.evaluation.tasks import PAPER_TASKS, _task_manager
+from wanda_lightning.evaluation.tasks import PAPER_TASKS, _paper_tasks
 from wanda_lightning.hub.card import _DATA_SETS, PICTURE_NAME, write_card
 from wanda_lightning.report import Circumstances, Continuations, Measured
 
@@ -242,5 +242,5 @@ def test_other_data_have_results_in_the_card_only(tmp_path, data):
 
 @pytest.mark.parametrize("task", PAPER_TASKS)
 def test_the_data_set_of_a_task_is_the_one_that_lm_eval_loads(task):
-    loaded = _task_manager().task_index[task].cfg
+    loaded = _paper_tasks().task_index[task].cfg
     assert _DATA_SETS[task] == (loaded["dataset_path"], loaded["dataset_name"] or "default")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.modules import MASKS, tiny_llama, windows_of_text
 from support.reference import divergence
+from support.refusals import refuses
 from torch import nn
 from torch.nn import functional as F
 
@@ -26,16 +27,16 @@ def without_half(model):
     return model
 
 
-def compared(dense, pruned, batches):
+def compared(dense, pruned, batches, **options):
     """What is measured on batches; both models may be the same object, which is pruned in between."""
-    watched = Agreement()
-    for make, is_dense in ((dense, True), (pruned, False)):
+    agreement = Agreement(**options)
+    for make, watching in ((dense, agreement.storing), (pruned, agreement.comparing)):
         model = make()
-        with watched.watching(model, is_dense), torch.no_grad():
+        with watching(model) as after_batch, torch.no_grad():
             for index, batch in enumerate(batches):
                 model(**batch) if isinstance(batch, dict) else model(batch)
-                watched.add(batch, index)
-    return watched.metrics()
+                after_batch(batch, index, 0)
+    return agreement.metrics()
 
 
 def logits_of(model, batches):
@@ -74,7 +75,7 @@ def predicting(batch):
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_a_language_model_against_a_loop_over_tokens(mask, monkeypatch):
-    monkeypatch.setattr(agreement, "_AT_ONCE", 5 * 128)
+    monkeypatch.setattr(agreement, "_LOGITS_AT_ONCE", 5 * 128)
     batches = batches_of_text(mask)
     model = language_model()
     before = logits_of(model, batches)
@@ -91,22 +92,94 @@ def test_a_language_model_against_a_loop_over_tokens(mask, monkeypatch):
             same.setdefault((number, row), []).append(float(p.argmax() == q.argmax()))
 
     for name, windows in (("kl_divergence", divergences), ("same_top", same)):
-        means = [mean(values) for values in windows.values()]
         tokens = [value for values in windows.values() for value in values]
         assert measured[name] == pytest.approx(mean(tokens), rel=1e-4)
-        assert measured[f"{name}_stderr"] == pytest.approx(
-            stdev(means) / len(means) ** 0.5, rel=1e-4
-        )
         assert measured["predictions"] == len(tokens)
+        # The ratio of two sums over windows; for windows of one length, the deviation of their means.
+        residuals = [sum(values) - mean(tokens) * len(values) for values in windows.values()]
+        variance = sum(residual**2 for residual in residuals) / (len(windows) - 1)
+        error = (len(windows) * variance) ** 0.5 / len(tokens)
+        assert measured[f"{name}_stderr"] == pytest.approx(error, rel=1e-3)
+        if mask == "none":
+            means = [mean(values) for values in windows.values()]
+            assert error == pytest.approx(stdev(means) / len(means) ** 0.5)
     values = sorted(value for values in divergences.values() for value in values)
-    assert measured["kl_divergence_p99"] == pytest.approx(values[-1 - len(values) // 100], rel=1e-4)
-    assert measured["kl_divergence_p99_stderr"] > 0
+    if mask == "none":
+        percentile = values[-1 - len(values) // 100]
+        assert measured["kl_divergence_p99"] == pytest.approx(percentile, rel=1e-4)
+    else:
+        assert "kl_divergence_p99" not in measured  # of fewer than 100 predictions
 
 
 def test_the_same_model_agrees():
     measured = compared(language_model, language_model, batches_of_text())
     assert measured["same_top"] == 1
     assert measured["kl_divergence"] == pytest.approx(0, abs=1e-6)
+    assert measured["kl_divergence"] >= 0
+
+
+def test_a_percentile_of_many_predictions_has_the_error_of_ten_groups():
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
+    pruned = nn.Sequential(nn.Flatten(), nn.Linear(48, 5))
+    images = torch.randn(1200, 3, 4, 4)
+    measured = compared(lambda: dense, lambda: pruned, list(images.split(100)))
+    with torch.no_grad():
+        divergences = list(map(by_hand, dense(images), pruned(images)))
+    percentiles = [sorted(divergences[start::10])[118] for start in range(10)]
+    assert measured["kl_divergence_p99"] == pytest.approx(sorted(divergences)[1187], rel=1e-4)
+    error = stdev(percentiles) / 10**0.5
+    assert measured["kl_divergence_p99_stderr"] == pytest.approx(error, rel=1e-3)
+
+
+def test_one_window_has_no_error():
+    batch = {name: ids[:1] for name, ids in batches_of_text()[0].items()}
+    measured = compared(language_model, lambda: language_model(1), [batch])
+    assert measured.keys() == {"kl_divergence", "same_top", "predictions"}
+
+
+def test_predictions_that_are_not_finite_stay_so():
+    def broken():
+        model = language_model()
+        model.model.norm.weight.data[:] = float("nan")
+        return model
+
+    measured = compared(language_model, broken, batches_of_text())
+    assert measured["kl_divergence"] != measured["kl_divergence"]
+
+
+@pytest.mark.parametrize("choices", [{"tie_word_embeddings": True}, {"dtype": torch.bfloat16}])
+def test_other_heads(choices):
+    def model():
+        return tiny_llama(0, initializer_range=0.3, **choices)
+
+    batches = batches_of_text()
+    measured = compared(model, lambda: without_half(model()), batches)
+    before = logits_of(model(), batches)
+    after = logits_of(without_half(model()), batches)
+    same = [
+        float((dense.argmax(-1) == pruned.argmax(-1))[:, :-1].sum())
+        for dense, pruned in zip(before, after, strict=True)
+    ]
+    assert measured["same_top"] == pytest.approx(sum(same) / measured["predictions"])
+
+
+def test_nothing_is_left_on_the_model():
+    model = language_model()
+    compared(lambda: model, lambda: model, batches_of_text())
+    for module in model.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def test_models_that_predict_something_else_are_refused():
+    batches = list(torch.randn(2, 4, 3, 4, 4))
+    with refuses("has 5 numbers for each prediction, and --model has 6"):
+        compared(
+            lambda: nn.Sequential(nn.Flatten(), nn.Linear(48, 5)),
+            lambda: nn.Sequential(nn.Flatten(), nn.Linear(48, 6)),
+            batches,
+        )
 
 
 class Scaled(nn.Module):
@@ -200,24 +273,27 @@ def test_embeddings_are_compared_by_their_cosine():
     }
 
 
-def test_batches_that_do_not_fit_are_not_compared(monkeypatch):
+def test_windows_that_do_not_fit_are_not_compared():
     width = tiny_llama(0).config.hidden_size
-    monkeypatch.setattr(agreement, "_MOST_BYTES", 3 * 23 * width * 4)  # of the first three windows
-    measured = compared(language_model, lambda: language_model(1), batches_of_text())
-    assert measured["predictions"] == 3 * 23
+    for most_bytes, windows in ((4 * 23 * width * 4, 4), (1, 1)):  # at least one
+        batches = batches_of_text()
+        models = (language_model, lambda: language_model(1))
+        measured = compared(*models, batches, most_bytes=most_bytes)
+        assert measured["predictions"] == windows * 23
 
 
 def test_data_sets_are_apart_and_another_model_starts_anew():
-    watched = Agreement()
-    (first, second, _) = batches_of_text()
-    for seed, is_dense in ((0, True), (1, False), (0, False)):
+    agreement = Agreement()
+    watching = (agreement.storing, agreement.comparing, agreement.comparing)
+    first, second, _ = batches_of_text()
+    for seed, watch in zip((0, 1, 0), watching, strict=True):
         model = language_model(seed)
-        with watched.watching(model, is_dense), torch.no_grad():
+        with watch(model) as after_batch, torch.no_grad():
             for number, batch in enumerate((first, second)):
                 model(**batch)
-                watched.add(batch, 0, number)
+                after_batch(batch, 0, number)
         if seed == 1:
-            assert watched.metrics(0)["kl_divergence"] != watched.metrics(1)["kl_divergence"]
-    assert watched.metrics(0)["same_top"] == watched.metrics(1)["same_top"] == 1
-    assert watched.metrics(0)["predictions"] == 3 * 23
-    assert watched.metrics(2) == {}
+            assert agreement.metrics(0)["kl_divergence"] != agreement.metrics(1)["kl_divergence"]
+    assert agreement.metrics(0)["same_top"] == agreement.metrics(1)["same_top"] == 1
+    assert agreement.metrics(0)["predictions"] == 3 * 23
+    assert agreement.metrics(2) == {}

@@ -1,11 +1,12 @@
 """Window perplexity against a loop over single tokens in float64."""
 
 import math
+from statistics import fmean, stdev
 
 import pytest
 import torch
 from support.layers import rng
-from support.modules import MASKS, slow_perplexity, windows_of_text
+from support.modules import MASKS, slow_losses, slow_perplexity, windows_of_text
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -34,6 +35,24 @@ def test_equals_the_slow_loop_in_one_batch_or_several(mask, dtype, rel, monkeypa
         mask_of_part = None if attention_mask is None else attention_mask[part]
         in_parts.update(logits[part], ids[part], mask_of_part)
     assert in_parts.compute().item() == expected
+
+
+def test_the_standard_error_is_that_of_the_mean_loss_times_the_perplexity():
+    ids = windows_of_text()
+    logits = 3 * torch.randn(*ids.shape, 128, generator=rng(2))
+    metric = WindowPerplexity()
+    metric.update(logits, ids)
+    losses = [fmean(losses) for losses in slow_losses(logits, ids)]
+    error = math.exp(fmean(losses)) * stdev(losses) / len(losses) ** 0.5
+    assert metric.standard_error() == pytest.approx(error, rel=1e-5)
+
+    metric.reset()
+    metric.update(1e5 * logits, ids)
+    assert metric.compute().isinf()
+    assert not math.isfinite(metric.standard_error())
+    metric.reset()
+    metric.update(logits[:1], ids[:1])
+    assert math.isnan(metric.standard_error())
 
 
 def test_padding_may_hold_anything():

@@ -34,7 +34,7 @@ def test_results_and_their_changes():
 def test_agreement_with_the_dense_model_in_a_sentence():
     result = Measured("wikitext2, 83 windows of 2,048 tokens", 16.0, 18.0, agreement=AGREEMENT)
     assert agreement_in_a_sentence(result) == (
-        "Beside the dense model on wikitext2, 12,264 predictions: Same top prediction 71.23% ± 0.42; "
+        "Compared with the dense model on wikitext2 (12,264 predictions): Same top prediction 71.23% ± 0.42; "
         "KL divergence 0.2567 ± 0.0031; KL divergence, 99th percentile 2.5000."
     )
     embeddings = Measured(

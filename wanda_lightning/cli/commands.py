@@ -151,7 +151,7 @@ def _ignored(models: Model, values: Kwargs) -> Iterator[tuple[str, str]]:
     if pattern != "unstructured":
         yield f"--pattern {pattern}", "use_variant prune_granularity"
     if not (values.get("tasks") or values.get("eval_zero_shot")):
-        yield "a command without tasks", "tasks_dir task_limit"
+        yield "a command without tasks", "tasks_dir task_limit num_fewshot apply_chat_template"
     if not values.get("push_to_hub"):
         yield "a command without --push_to_hub", "private"
     if not values.get("save_model"):
@@ -172,15 +172,14 @@ def _ignored_by_kind(models: Model, values: Kwargs) -> Iterator[tuple[str, str]]
     if models.is_image:
         yield (
             "an image classifier",
-            "seqlen limit dtype revision trust_remote_code tasks_dir tasks task_limit stream calibration "
-            "eval_zero_shot",
+            "seqlen limit dtype revision trust_remote_code tasks_dir tasks stream calibration eval_zero_shot",
         )
         if values.get("evaluation"):  # an empty one says that nothing is measured
             yield "an image classifier", "evaluation"
     elif models.is_embedding:
         yield (
             "an embedding model",
-            "data checkpoint seqlen dtype tasks_dir tasks task_limit stream eval_zero_shot",
+            "data checkpoint seqlen dtype tasks_dir tasks stream eval_zero_shot",
         )
         if values.get("calibration") == "self":
             yield "an embedding model", "calibration"

@@ -20,6 +20,7 @@ from wanda_lightning.data.images import ImageDataModule
 from wanda_lightning.data.sentences import SentenceDataModule
 from wanda_lightning.data.text import TextDataModule
 from wanda_lightning.evaluation import Evaluation, Results, load_tasks, sparsity_of
+from wanda_lightning.evaluation.results import share_error
 from wanda_lightning.evaluation.tasks import Answers, answer, flips
 from wanda_lightning.modules.agreement import Agreement
 from wanda_lightning.modules.model_loading import check_source
@@ -39,7 +40,7 @@ class _Prepared:
 
 @dataclass
 class _Dense:
-    """What the dense model has predicted and answered, which is empty without one; others are compared with it."""
+    """Predictions and answers of the dense model; empty without `--dense`."""
 
     agreement: Agreement = field(default_factory=Agreement)
     answers: Answers = field(default_factory=dict)
@@ -64,10 +65,18 @@ def _measure_each(models: Models, data: Measurements) -> dict[str, Results]:
     if models.is_language:
         for name in models.all:
             check_source(models.source(name))
-        _refuse_other_vocabularies(models)
-    tasks = load_tasks(data.tasks, data.tasks_dir, models.cache_dir)
-    if tasks and not all(load_tokenizer(models.source(name)) for name in models.all):
-        raise UserError("--tasks need models with a tokenizer. Save it beside the weights.")
+        if models.dense and data.evaluation:
+            _refuse_other_vocabularies(models)
+    tasks = load_tasks(data.tasks, data.tasks_dir, models.cache_dir, data.num_fewshot)
+    for name in models.all if tasks else ():
+        tokenizer = load_tokenizer(models.source(name))
+        if tokenizer is None:
+            raise UserError("--tasks need models with a tokenizer. Save it beside the weights.")
+        if data.apply_chat_template and not tokenizer.chat_template:
+            raise UserError(
+                f"--apply_chat_template needs a chat template, but the tokenizer of {name} has none. Leave the option "
+                "out."
+            )
 
     prepared = _prepare(models, data)
     dense = _Dense()
@@ -81,16 +90,17 @@ def _measure_each(models: Models, data: Measurements) -> dict[str, Results]:
 
 def _refuse_other_vocabularies(models: Models) -> None:
     """Refuse a dense model that has other classes to predict than one that is compared with it."""
-    sizes = {
-        name: load_config(models.source(name)).get_text_config().vocab_size for name in models.all
-    }
-    dense, *others = sizes.items()
-    for name, size in others:
-        if models.dense and size != dense[1]:
+    sizes = {}
+    for name in models.all:  # the dense model first
+        config = load_config(models.source(name)).get_text_config()
+        sizes[name] = getattr(config, "vocab_size", None)
+    dense, *others = models.all
+    for name in others:
+        if sizes[name] != sizes[dense]:
             raise UserError(
-                f"--dense must have the vocabulary of --model, since their predictions are compared, but {dense[0]} "
-                f"has {dense[1]:,} tokens and {name} has {size:,}. Leave --dense out, or name the model that was "
-                "pruned."
+                f"--dense must have the vocabulary of --model, since their predictions are compared, but {dense} has "
+                f"{sizes[dense]:,} tokens and {name} has {sizes[name]:,}. Leave --dense out, or name the model that "
+                "was pruned."
             )
 
 
@@ -134,18 +144,22 @@ def _measure_one(
     results = {"sparsity": sparsity_of(module.model)}
     if prepared.data is not None:
         metrics = measure(module, prepared.data, dense.agreement, prepared.is_dense)
-        results |= _results(metrics, prepared.data)
-        for number, values in enumerate(
-            list(results.values())[1:]
-        ):  # the first are of the sparsity
+        measured = _results(metrics, prepared.data)
+        for number, values in enumerate(measured.values()):
             values |= dense.agreement.metrics(number)
+        results |= measured
         if isinstance(prepared.data, TextDataModule):
             # At its end, the Trainer moves the model to the CPU.
             module.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
             results |= _loops(module, prepared.data)
     if tasks:
         accuracies, answers = answer(
-            module.model, module.tokenizer, tasks, data.batch_size or 4, data.task_limit
+            module.model,
+            module.tokenizer,
+            tasks,
+            data.batch_size or 4,
+            data.task_limit,
+            data.apply_chat_template,
         )
         for name, shares in flips(dense.answers, answers).items():
             accuracies[name] |= shares
@@ -162,14 +176,14 @@ def _loops(module: Any, data: TextDataModule) -> Results:
         return {}
     loops, prompts = counted
     share = loops / prompts
-    error = (share * (1 - share) / prompts) ** 0.5
-    return {"continuations": {"in_a_loop": share, "in_a_loop_stderr": error, "prompts": prompts}}
+    error = share_error("in_a_loop", share, prompts)
+    return {"continuations": {"in_a_loop": share, **error, "prompts": prompts}}
 
 
 def _results(metrics: Mapping[str, float], data: Any) -> Results:
     """Return the metrics of each data set, with the number of windows, pairs or images."""
 
-    def named(headings: Mapping[str, str]) -> dict[str, float]:
+    def with_errors(headings: Mapping[str, str]) -> dict[str, float]:
         values = {}
         for name, heading in headings.items():
             for suffix in ("", "_stderr"):
@@ -180,12 +194,12 @@ def _results(metrics: Mapping[str, float], data: Any) -> Results:
     results = {}
     if isinstance(data, ImageDataModule):
         images: Any = data.val_dataloader().dataset
-        results[data.data] = {**named(_HEADINGS), "images": len(images)}
+        results[data.data] = {**with_errors(_HEADINGS), "images": len(images)}
     elif isinstance(data, SentenceDataModule):
         pairs = len(data.evaluation_pairs)
         results[data.evaluation] = {"spearman": metrics["val_spearman"], "pairs": pairs}
     else:
         for text, name in zip(data.evaluations, logged_results(data), strict=True):
             windows = len(data.windows_of(text))
-            results[text] = {**named({name: "perplexity"}), "windows": windows}
+            results[text] = {**with_errors({name: "perplexity"}), "windows": windows}
     return results

@@ -1,7 +1,7 @@
 """Measure a model with one validation loop: its metrics, and its speed."""
 
 import logging
-from math import isnan, sqrt
+from math import isfinite
 from time import perf_counter
 from typing import Any
 
@@ -13,8 +13,9 @@ from wanda_lightning.cli.model_and_data import AnyData
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.data.images import ImageDataModule
 from wanda_lightning.data.text import TextDataModule
+from wanda_lightning.evaluation.results import share_error
 from wanda_lightning.modules import CausalLMModule
-from wanda_lightning.modules.agreement import Agreement
+from wanda_lightning.modules.agreement import AfterBatch, Agreement
 from wanda_lightning.report.descriptions import PERPLEXITY, SPEARMAN, TOP1, Metric
 
 
@@ -49,11 +50,11 @@ def _now() -> float:
 
 
 class _Comparison(L.Callback):
-    """Lets an `Agreement` see each batch, and reads the standard errors of perplexities before they are reset."""
+    """Calls a function after each batch, and reads the standard errors of perplexities before they are reset."""
 
-    def __init__(self, agreement: Agreement) -> None:
+    def __init__(self, after_batch: AfterBatch) -> None:
         self.errors: dict[str, float] = {}
-        self._agreement = agreement
+        self._after_batch = after_batch
 
     def on_validation_batch_end(
         self,
@@ -65,7 +66,7 @@ class _Comparison(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Store or compare the predictions."""
-        self._agreement.add(batch, index, dataloader_idx)
+        self._after_batch(batch, index, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Read the standard errors."""
@@ -82,11 +83,12 @@ def measure(module: Any, data: AnyData, agreement: Agreement, is_dense: bool) ->
     # Lightning would describe the hardware.
     logging.getLogger("lightning.pytorch").setLevel("WARNING")
     clock = BatchClock()
-    comparison = _Comparison(agreement)
+    watching = agreement.storing if is_dense else agreement.comparing
     with (
         ProgressBar("Measuring", None) as bar,
-        agreement.watching(module.model, is_dense),
+        watching(module.model) as after_batch,
     ):
+        comparison = _Comparison(after_batch)
         progress = LambdaCallback(
             on_validation_start=lambda trainer, _: bar.expect(sum(trainer.num_val_batches)),
             on_validation_batch_end=lambda *_: bar.advance(),
@@ -102,25 +104,17 @@ def measure(module: Any, data: AnyData, agreement: Agreement, is_dense: bool) ->
         trainer.validate(module, data, verbose=False)
 
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    errors = comparison.errors
+    for name, error in comparison.errors.items():
+        if isfinite(error):  # not for a single window
+            metrics[f"{name}_stderr"] = error
     if isinstance(data, ImageDataModule):
         images: Any = data.val_dataloader().dataset
-        errors = {
-            name: _error_of_share(metrics[name], len(images))
-            for name in metrics
-            if "accuracy" in name
-        }
-    for name, error in errors.items():
-        if not isnan(error):  # as for a single window
-            metrics[f"{name}_stderr"] = error
+        for name in [*metrics]:
+            if "accuracy" in name:
+                metrics |= share_error(name, metrics[name], len(images))
     if clock.speed:
         metrics["speed"] = clock.speed
     return metrics
-
-
-def _error_of_share(share: float, count: int) -> float:
-    """Return the standard error of a share of independent samples."""
-    return sqrt(share * (1 - share) / count)
 
 
 def metric_of(data: AnyData) -> Metric:

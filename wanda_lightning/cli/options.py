@@ -294,7 +294,7 @@ default), or a FILE.csv with sentence1, sentence2 and score. An empty text: meas
     batch_size: _Count | None = None
     """Number of windows (or answers) in a batch, by default 4; of pairs, by default 32; or of images, by default 64."""
     tasks_dir: str | None = None
-    """Folder with a TASK.jsonl for each zero-shot task, instead of the hub; docs/tasks.md describes the documents."""
+    """Folder with a TASK.jsonl for each task, instead of the hub; docs/tasks.md describes the documents."""
 
 
 @_DATA
@@ -323,9 +323,13 @@ class Measurements(_Measured):
     """Measurements of `evaluate`."""
 
     tasks: _Names = ()
-    """Zero-shot tasks (need lm-eval), with commas; paper stands for the seven of the paper, all for the same."""
+    """Tasks of lm-eval (needed) by name, with commas; paper stands for the seven of the paper, all for the same."""
     task_limit: _Count | None = None
     """Number of documents of each task; by default all."""
+    num_fewshot: Annotated[int | None, _WHOLE, Parameter(validator=Number(gte=0))] = None
+    """Number of examples in the prompts of tasks; by default that of lm-eval, which is 0 for those of the paper."""
+    apply_chat_template: bool = False
+    """Put the prompts of tasks into the tokenizer's chat template."""
 
 
 @_RESULTS

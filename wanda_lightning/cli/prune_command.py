@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ from wanda_lightning.streaming.measure_perplexity import measured_from_disk
 from wanda_lightning.streaming.output_folder import PROGRESS_NAME, require_resumable
 
 _MIB = 2**20
+_FEW_BYTES = 256 * _MIB  # of dense predictions, where memory is scarce
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ def _prune_in_memory(config: PruningConfig, options: PruneOptions) -> Iterator[_
         if data.evaluation:
             measured.metrics.update(measure(module, source, agreement, is_dense))
         module.to(device)  # at its end, the Trainer moves the model to the CPU
-        # Text takes a while, and matters to those who will read it.
+        # Generation is slow, so it runs only if the model or a page is saved.
         writes_text = results.report or results.save_model
         if writes_text and data.evaluation and isinstance(source, TextDataModule):
             windows = source.windows_of(source.evaluations[0])
@@ -182,7 +184,7 @@ def _prune_from_disk(config: PruningConfig, options: PruneOptions) -> Iterator[_
     source: Any = data_for(model, data, model.model)
     batches = source.calibration_dataloader()
 
-    agreement = Agreement()
+    agreement = Agreement(_FEW_BYTES)
 
     def measurement(path: str, is_dense: bool, dtype: str = "auto") -> _Measurement:
         measured = _Measurement()
@@ -191,15 +193,18 @@ def _prune_from_disk(config: PruningConfig, options: PruneOptions) -> Iterator[_
             if not isinstance(loaders, list):
                 loaders = [loaders]
             checkpoint = Checkpoint(ModelSource(path, **hub.hub), dtype, results.device)
-            with agreement.watching(checkpoint.model, is_dense):
+            watching = agreement.storing if is_dense else agreement.comparing
+            with watching(checkpoint.model) as after_batch:
                 for number, name in enumerate(logged_results(source)):
-                    after_batch = partial(agreement.add, data=number)
-                    metric = measured_from_disk(
-                        checkpoint, loaders[number], after_batch=after_batch
-                    )
+
+                    def add(batch: Any, index: int, number: int = number) -> None:
+                        after_batch(batch, index, number)
+
+                    metric = measured_from_disk(checkpoint, loaders[number], after_batch=add)
                     measured.metrics[name] = float(metric.compute())
-                    if metric.windows > 1:
-                        measured.metrics[f"{name}_stderr"] = metric.standard_error()
+                    error = metric.standard_error()
+                    if isfinite(error):
+                        measured.metrics[f"{name}_stderr"] = error
         return measured
 
     def save(shrink: bool) -> object:
@@ -317,7 +322,9 @@ def _loops(done: _Pruned) -> Measured | None:
     after = done.pruned.loops
     if not before or not after:
         return None
-    return Measured(f"{after[1]} continuations", before[0] / before[1], after[0] / after[1])
+    return Measured(
+        f"{after[1]} continuations", before=before[0] / before[1], after=after[0] / after[1]
+    )
 
 
 def _costs(done: _Pruned, folder: str | None, is_smaller: bool) -> tuple[Measured, ...]:

@@ -34,7 +34,7 @@ def _generated(model: Any, generate: Callable[[], _Result], default: _Result) ->
     except Exception as error:  # code of the model, whose errors must not end a run that has pruned
         name = type(model).__name__
         warnings.warn(
-            f"{name} cannot continue a prompt, so the report has no text: {one_line(error)}",
+            f"{name} cannot continue a prompt, so no text is shown: {one_line(error)}",
             stacklevel=3,
         )
         return default
@@ -54,10 +54,10 @@ def count_loops(model: Any, tokenizer: Any, windows: Tensor) -> tuple[int, int] 
     continuation that ends by itself is no loop.
     """
     prompts = windows[:_LOOP_PROMPTS, :_LOOP_PROMPT_TOKENS]
-    ends = model.generation_config.eos_token_id
-    ends = {*ends} if isinstance(ends, list) else {ends}
 
     def count() -> tuple[int, int]:
+        ends = model.generation_config.eos_token_id
+        ends = {*ends} if isinstance(ends, list) else {ends}
         rows = _most_likely(model, tokenizer, prompts, _LOOP_NEW_TOKENS)
         loops = [row for row in rows if ends.isdisjoint(row) and ends_in_a_loop(row)]
         return len(loops), len(rows)
@@ -97,7 +97,11 @@ def _most_likely(model: Any, tokenizer: Any, ids: Tensor, new_tokens: int) -> li
         max_new_tokens=new_tokens,
         pad_token_id=padding,
         do_sample=False,
-        # Those of the model's generation_config, which have no effect now, would be warned about.
+        # The model's generation_config may say otherwise.
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        # Those of it that have no effect now would be warned about.
         temperature=None,
         top_p=None,
         top_k=None,

@@ -48,7 +48,7 @@ def _write_log(report: PruningReport, folder: Path, method: str) -> None:
     if run is not None and run.metric:
         columns[METRICS[run.metric].column] = f"{run.after:.4f}"
         for name, value in run.agreement.items():
-            columns[name] = f"{value:.6g}"
+            columns[name] = str(value) if name == "predictions" else f"{value:.6g}"
     lines = ("\t".join(columns), "\t".join(columns.values()))
     write_text(folder / f"log_{method}.txt", "".join(f"{line}\n" for line in lines))
 

@@ -33,7 +33,7 @@ def divergence(predicted: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
 def row_divergences(predicted: Tensor, dense: Tensor) -> Tensor:
     """Return the divergence `KL(dense || predicted)` of each row of logits, of shape (rows,)."""
     terms, _ = _divergence_terms(predicted.log_softmax(dim=-1), dense)
-    return terms.sum(dim=-1)
+    return terms.sum(dim=-1).clamp_(min=0)  # rounding may make it negative
 
 
 def _divergence_terms(log_q: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:

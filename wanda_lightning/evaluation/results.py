@@ -14,7 +14,7 @@ from wanda_lightning.common.atomic_write import write_text
 from wanda_lightning.models import find_layers
 from wanda_lightning.models.quantized import can_be_read, quantizer, read_weight
 from wanda_lightning.report import versions
-from wanda_lightning.report.descriptions import MEASURES
+from wanda_lightning.report.descriptions import AGREEMENT_METRICS
 from wanda_lightning.report.records import as_json
 
 Metrics = dict[str, float]
@@ -29,13 +29,17 @@ _COUNTS = (
     "pairs",
     "prompts",
 )  # metrics that are the number of samples
-_PREDICTIONS = "predictions"  # as `_COUNTS`, for the measures of agreement with the dense model
+_PREDICTIONS = "predictions"  # the number that stands beside `AGREEMENT_METRICS`
 _ERROR = "_stderr"  # suffix of a metric's standard error
+# Metrics that may be below 1, but are no fractions.
+_NO_SHARES = ("perplexity", "spearman", "bits_per_byte")
 # Metrics that are shown in other words.
 _WORDS = {
     "layers": "of prunable layers",
     "model": "of the model",
     "in_a_loop": "that end in a loop",
+    "right_to_wrong": "right to wrong",
+    "wrong_to_right": "wrong to right",
 }
 
 
@@ -63,6 +67,13 @@ def sparsity_of(model: Module) -> Metrics:
             zeros[kind] += int((weight.detach() == 0).count_nonzero())
             sizes[kind] += weight.numel()
     return {kind: zeros[kind] / max(1, sizes[kind]) for kind in ("layers", "model")}
+
+
+def share_error(name: str, share: float, count: int) -> Metrics:
+    """Return the standard error of a share of independent samples; none for 0 and 1, where it would be 0."""
+    if not 0 < share < 1:
+        return {}
+    return {name + _ERROR: (share * (1 - share) / count) ** 0.5}
 
 
 @dataclass
@@ -122,9 +133,9 @@ def _heading(data: str, metric: str, of_models: Iterable[Metrics]) -> str:
     """Return the heading of a row, such as `rte acc (277 documents)`."""
     names: Sequence[str] = _COUNTS
     words = _WORDS.get(metric, metric)
-    if metric in MEASURES:
+    if metric in AGREEMENT_METRICS:
         names = [_PREDICTIONS]
-        words = MEASURES[metric].title
+        words = AGREEMENT_METRICS[metric].title
     counts = set()
     for values in of_models:
         counts |= {f"{int(values[name]):,} {name}" for name in names if name in values}
@@ -139,9 +150,9 @@ def _cell(metric: str, values: Metrics, dense: float | None) -> str:
     if metric not in values:
         return ""
     value = values[metric]
-    if metric in MEASURES:
-        return MEASURES[metric].text(value, values.get(metric + _ERROR))
-    is_share = metric not in ("perplexity", "spearman")
+    if metric in AGREEMENT_METRICS:
+        return AGREEMENT_METRICS[metric].text(value, values.get(metric + _ERROR))
+    is_share = metric not in _NO_SHARES and 0 <= value <= 1
     scale = 100 if is_share else 1
     unit = "%" if is_share else ""
     cell = f"{scale * value:.2f}{unit}"

@@ -1,4 +1,4 @@
-"""Zero-shot accuracy by lm-eval, on documents from the hub or from files.
+"""Tasks of lm-eval, such as zero-shot accuracy, on documents from the hub or from files.
 
 lm-eval defines prompts, answers and metrics; this module gives it the documents, after checking that the task can use
 them.
@@ -6,7 +6,8 @@ them.
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,7 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.evaluation_mode import evaluating
 from wanda_lightning.common.wording import did_you_mean, one_line
 from wanda_lightning.data.dataset_files import load
-from wanda_lightning.evaluation.results import Metrics, Results
+from wanda_lightning.evaluation.results import Metrics, Results, share_error
 
 # The seven tasks of Sun et al. 2024 (Table 2), with the fields of a document that lm-eval reads; see docs/tasks.md.
 PAPER_TASKS = {
@@ -39,32 +40,38 @@ _NOT_ON_THE_HUB = (
     "The documents of the tasks are not in the cache and cannot be downloaded from the Hugging Face hub. Put them into "
     "files: --tasks_dir DIR, with DIR/TASK.jsonl. The cause"
 )
-# The folders of these tasks in lm_eval/tasks.
+_RUN_CODE = "HF_ALLOW_CODE_EVAL"  # as the library evaluate calls it
+# The folders of the paper's tasks in lm_eval/tasks.
 _FOLDERS = ("arc", "glue/rte", "hellaswag", "openbookqa", "super_glue/boolq", "winogrande")
 
 
 def load_tasks(
-    asked: Sequence[str], folder: StrPath | None = None, cache_dir: str | None = None
+    asked: Sequence[str],
+    folder: StrPath | None = None,
+    cache_dir: str | None = None,
+    num_fewshot: int | None = None,
 ) -> Kwargs:
-    """Load tasks of lm-eval by name, and refuse documents that they cannot use; `paper` or `all` stands for all seven.
+    """Load tasks of lm-eval by any name that it knows; `paper` or `all` stands for the seven of the Wanda paper.
 
     A folder must have a file TASK.jsonl for each task: one document in each line, with the fields in
-    `PAPER_TASKS[TASK]`. Without a folder the documents come from the hub.
+    `PAPER_TASKS[TASK]`, or those that lm-eval reads for another task. Without a folder the documents come from the hub.
+    Prompts have `num_fewshot` examples, by default as many as lm-eval says for the task: none for those of the paper.
+
+    Raises:
+        ValueError: If a name is unknown, a task would run code that the model writes without permission, or documents
+            do not fit.
     """
     names: dict[str, None] = {}  # as a set in order
     for name in asked:
         names |= dict.fromkeys(PAPER_TASKS if name in ("paper", "all") else [name])
-        if name not in (*PAPER_TASKS, "paper", "all"):
-            raise UserError(
-                f"tasks must be among {', '.join(PAPER_TASKS)}, or paper for all of them, but one is {name!r}."
-                f"{did_you_mean(name, PAPER_TASKS)} For other tasks, run lm-eval on the model's folder."
-            )
     if not names:
         return {}
-    require_extra("eval", "lm_eval", purpose="Zero-shot tasks")
+    require_extra("eval", "lm_eval", purpose="Tasks")
+    _refuse_unknown(names)
+    examples: Kwargs = {} if num_fewshot is None else {"num_fewshot": num_fewshot}
     if folder is None:
-        sources = {name: {"dataset_kwargs": {"cache_dir": cache_dir}} for name in names}
-        return _load(sources, _NOT_ON_THE_HUB)
+        source = {"dataset_kwargs": {"cache_dir": cache_dir}, **examples}
+        return _load(dict.fromkeys(names, source), _NOT_ON_THE_HUB)
 
     files = {name: Path(folder).expanduser() / f"{name}.jsonl" for name in names}
     missing = [path.name for path in files.values() if not path.is_file()]
@@ -74,25 +81,50 @@ def load_tasks(
             f"{', '.join(missing)}. Write one document in each line."
         )
     # All files are read before lm-eval is imported, which takes seconds.
-    documents = {name: _read(path, PAPER_TASKS[name]) for name, path in files.items()}
+    documents = {name: _read(path, PAPER_TASKS.get(name, ())) for name, path in files.items()}
     tasks: Kwargs = {}
     for name, path in files.items():
-        source = dict.fromkeys(("training_split", "test_split", "fewshot_split"))
+        # Examples are other documents of the file.
+        source = {**dict.fromkeys(("training_split", "test_split", "fewshot_split")), **examples}
         source["validation_split"] = "validation"
         source["custom_dataset"] = lambda name=name, **_: {"validation": documents[name]}
         tasks |= _load({name: source}, _UNFIT.format(path, name))
-        _check_answers(tasks[name], path)
+        if tasks[name].OUTPUT_TYPE == "multiple_choice":
+            _check_answers(tasks[name], path)
     return tasks
 
 
+def _refuse_unknown(names: Iterable[str]) -> None:
+    others = [name for name in names if name not in PAPER_TASKS]
+    if not others:
+        return
+    with _quiet():
+        known = _all_tasks().all_tasks
+    for name in others:
+        if name not in known:
+            similar = did_you_mean(name, [*PAPER_TASKS, *known])
+            raise UserError(
+                f"tasks must be names that lm-eval knows, or paper for the seven of the paper, but one is {name!r}."
+                f"{similar} `lm-eval ls tasks` lists all."
+            )
+
+
 @cache
-def _task_manager() -> Any:
-    """Return lm-eval's index of these tasks. The index of all tasks takes 10 s, since it reads 14 thousand files."""
+def _all_tasks() -> Any:
+    """Return lm-eval's index of all tasks, which takes 10 s, since it reads 14 thousand files."""
+    from lm_eval import tasks
+
+    return tasks.TaskManager()
+
+
+@cache
+def _paper_tasks() -> Any:
+    """Return lm-eval's index of the paper's tasks."""
     from lm_eval import tasks
 
     folders = [Path(tasks.__file__).parent / name for name in _FOLDERS]
     if not all(folder.is_dir() for folder in folders):  # another version of lm-eval has moved them
-        return tasks.TaskManager()
+        return _all_tasks()
     return tasks.TaskManager(include_path=list(map(str, folders)), include_defaults=False)
 
 
@@ -100,15 +132,28 @@ def _load(overrides: Mapping[str, Kwargs], failure: str) -> Kwargs:
     # lm-eval merges overrides into its own definition of a task only if the task is a member of a group.
     members = [{"task": name, **changes} for name, changes in overrides.items()]
     with _quiet():
-        manager = _task_manager()
+        manager = _paper_tasks() if overrides.keys() <= PAPER_TASKS.keys() else _all_tasks()
         try:
-            return dict(manager.load([{"group": "wanda_lightning", "task": members}])["tasks"])
+            tasks = dict(manager.load([{"group": "wanda_lightning", "task": members}])["tasks"])
         except Exception as error:  # lm-eval runs code and templates on the documents
             raise UserError(f"{failure}: {one_line(error)}") from error
+    for name, task in tasks.items():
+        if getattr(task, "UNSAFE_CODE", False) and not _may_run_code():
+            raise UserError(
+                f"The task {name} runs code that the model writes. Where that can do no harm, allow it with "
+                f"{_RUN_CODE}=1 in the environment."
+            )
+    return tasks
+
+
+def _may_run_code() -> bool:
+    return os.environ.get(_RUN_CODE) == "1"
 
 
 def _read(path: Path, fields: Sequence[str]) -> Any:
     documents = load(str(path))
+    if not fields:
+        return documents
     for number, document in enumerate(documents, start=1):
         for name in fields:
             if document.get(name) is None:  # the prompt would have the word None
@@ -144,18 +189,24 @@ def zero_shot(
     batch_size: int = 4,
     limit: int | None = None,
 ) -> Results:
-    """Evaluate a language model on tasks from `load_tasks`, without examples in the prompt.
+    """Evaluate a language model on tasks from `load_tasks`.
 
     The model runs on the accelerator if there is one, on `batch_size` choices at a time, and is moved back to its
-    device afterward. Only the first `limit` documents of each task are used. Return for each task `acc` and, if the
-    task has it, `acc_norm` (log-likelihoods divided by the lengths of the choices), their standard errors, and the
-    number of documents; with several tasks, also `mean`: the mean of `acc` and its standard error, as in the paper.
+    device afterward. Only the first `limit` documents of each task are used. Return for each task the metrics of
+    lm-eval, such as `acc` and `acc_norm` (log-likelihoods divided by the lengths of the choices), their standard
+    errors, and the number of documents; with several tasks that all have `acc`, also `mean`: the mean of `acc` and its
+    standard error, as in the paper.
     """
     return answer(model, tokenizer, tasks, batch_size, limit)[0]
 
 
 def answer(
-    model: Any, tokenizer: Any, tasks: Mapping[str, Any], batch_size: int, limit: int | None
+    model: Any,
+    tokenizer: Any,
+    tasks: Mapping[str, Any],
+    batch_size: int,
+    limit: int | None,
+    apply_chat_template: bool = False,
 ) -> tuple[Results, Answers]:
     """Return the metrics of `zero_shot`, and whether the answer to each document was right."""
     if not tasks:
@@ -179,24 +230,42 @@ def answer(
                     batch_size=batch_size,
                     prefix_token_id=prefix,
                 )
-            measured = lm_eval.evaluate(lm, {"tasks": dict(tasks)}, limit=limit)
+            measured = lm_eval.evaluate(
+                lm,
+                {"tasks": dict(tasks)},
+                limit=limit,
+                apply_chat_template=apply_chat_template,
+                fewshot_as_multiturn=apply_chat_template,
+                confirm_run_unsafe_code=_may_run_code(),
+            )
     finally:
         model.to(home)
 
     results = {}
     answers = {}
     for name in tasks:
-        samples = sorted(measured["samples"][name], key=lambda sample: sample["doc_id"])
-        answers[name] = [bool(sample["acc"]) for sample in samples]
+        answers[name] = _right_answers(measured["samples"][name])
         values = {}
         for key, value in measured["results"][name].items():
             # A metric is METRIC,FILTER; where it has no standard error, lm-eval has the text N/A.
             if "," in key and not isinstance(value, str):
                 values[key.removesuffix(",none")] = float(value)
         results[name] = {**values, "documents": measured["n-samples"][name]["effective"]}
-    if len(tasks) > 1:
+    if len(tasks) > 1 and all("acc" in values for values in results.values()):
         results["mean"] = _mean(list(results.values()))
     return results, answers
+
+
+def _right_answers(samples: Sequence[Kwargs]) -> list[bool]:
+    """Return whether the answer to each document was right; empty for a task whose metrics do not say so.
+
+    The first metric decides, such as `acc` or `exact_match`, after the first filter of the answers.
+    """
+    metric, *_ = samples[0]["metrics"]
+    first = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
+    first.sort(key=lambda sample: sample["doc_id"])
+    values = [sample[metric] for sample in first]
+    return [bool(value) for value in values] if all(value in (0, 1) for value in values) else []
 
 
 def flips(dense: Answers, pruned: Answers) -> Results:
@@ -207,16 +276,15 @@ def flips(dense: Answers, pruned: Answers) -> Results:
     """
     results = {}
     for name, before in dense.items():
-        pairs = list(zip(before, pruned[name], strict=True))
-        shares = {
-            "right_to_wrong": pairs.count((True, False)) / len(pairs),
-            "wrong_to_right": pairs.count((False, True)) / len(pairs),
-        }
-        errors = {
-            f"{flip}_stderr": (share * (1 - share) / len(pairs)) ** 0.5
-            for flip, share in shares.items()
-        }
-        results[name] = shares | errors
+        after = pruned[name]
+        if not before or not after:  # the metrics of the task do not say what is right
+            continue
+        pairs = list(zip(before, after, strict=True))
+        values: Metrics = {}
+        for flip, pair in (("right_to_wrong", (True, False)), ("wrong_to_right", (False, True))):
+            share = pairs.count(pair) / len(pairs)
+            values |= {flip: share, **share_error(flip, share, len(pairs))}
+        results[name] = values
     return results
 
 

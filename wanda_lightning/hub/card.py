@@ -174,8 +174,8 @@ def _results(run: Circumstances) -> tuple[list[tuple[str, str, str]], list[Any]]
         name = f"{metric.title}, {result.data}" if result.data else metric.title
         before = metric.text(result.before, result.before_error)
         rows.append((name, before, metric.text(after, result.after_error)))
-        for title, value, _ in descriptions.agreement_of(result):
-            rows.append((f"{title}, {result.data}", "", value))
+        for title, value, error, _ in descriptions.agreement_of(result):
+            rows.append((f"{title}, {result.data}", "", f"{value} {error}".strip()))
         if after is not None:
             data = result.data or "unknown"
             kind = data.partition(", ")[0]  # what follows describes the part and the windows
@@ -185,7 +185,7 @@ def _results(run: Circumstances) -> tuple[list[tuple[str, str, str]], list[Any]]
 
     if run.loops:
         name = f"Texts that end in a loop, {run.loops.data}"
-        rows.append((name, TOP1.text(run.loops.before), TOP1.text(run.loops.after)))
+        rows.append((name, f"{run.loops.before:.1%}", f"{run.loops.after:.1%}"))
 
     for task, scores in run.zero_shot.items():
         accuracy = scores["acc"]

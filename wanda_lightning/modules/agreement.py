@@ -1,130 +1,204 @@
 """How near the predictions of a pruned model are to those of the dense one."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from copy import deepcopy
+from dataclasses import dataclass
 from math import ceil, sqrt
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn import Module, functional as F
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.float64 import widened
 from wanda_lightning.core.losses import row_divergences
 from wanda_lightning.models import find_predictions, has_classes, own_head
 from wanda_lightning.modules.perplexity import predicted_tokens
-from wanda_lightning.training.predictions import DenseTarget, stored
+from wanda_lightning.training.predictions import gives_predictions
 
-_MOST_BYTES = 2 * 2**30  # of dense predictions
-_AT_ONCE = 2**22  # logits that are compared at the same time, 16 MiB in float32
+_LOGITS_AT_ONCE = 2**22  # that are compared, 16 MiB in float32
 _GROUPS = 10  # of samples, for the standard error of a percentile
+_PERCENTILE_OF = 100  # predictions, at least
 
-_Values = Mapping[str, Tensor]  # of each measure, one for each row of predictions
+AfterBatch = Callable[[Any, int, int], None]
+"""Takes a batch that has just run, its index, and the number of its data set."""
+
+
+class _Stored(NamedTuple):
+    """The dense predictions for the first samples of a batch, on the CPU."""
+
+    rows: Tensor
+    are_head_inputs: bool  # else they are the predictions themselves
+
+
+@dataclass
+class _LastCall:
+    """What the last call of a model has shown."""
+
+    output: object = None
+    head_inputs: tuple[Any, ...] = ()
 
 
 class Agreement:
     """Compares the predictions of a pruned model with those of the dense one on the same batches.
 
-    The dense model runs first, and then the pruned one, each in a block of `watching`; after each batch, `add` stores
-    or compares what the model has predicted.
-
     Predictions of classes are compared by the Kullback-Leibler divergence `KL(dense || pruned)`, and by whether the
     most likely class is the same (Dutta et al., "Accuracy is Not All You Need", NeurIPS 2024); vectors by the cosine
     between them. Of a text, the predictions of its tokens count, except those of padding.
 
-    The dense predictions are stored on the CPU, those of a language model as the inputs of its output head, with a copy
-    of the head. Together they have at most 2 GiB: batches that no longer fit are not compared.
+    The dense predictions are stored on the CPU, those of a language model as the inputs of its output head, beside a
+    copy of the head's parameters. On each data set they have at most `most_bytes`: samples that no longer fit, after
+    the first one, are not compared.
     """
 
-    def __init__(self) -> None:
-        self._dense: dict[object, DenseTarget] = {}
-        self._bytes = 0
-        # By data set and measure: a tensor for each sample.
-        self._values: dict[int, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
-        self._head: Module | None = None  # the copy
-        self._stores = True
-        self._model_head: Module | None = None
-        self._output: object = None
-        self._head_inputs: tuple[Any, ...] = ()
+    def __init__(self, most_bytes: int = 2 * 2**30) -> None:
+        self._most_bytes = most_bytes
+        self._dense: dict[tuple[int, int], _Stored] = {}  # by data set and batch
+        self._bytes: dict[int, int] = defaultdict(int)  # by data set
+        self._head: dict[str, Tensor] = {}  # parameters of the dense output head
+        # By data set and metric: a tensor for each sample.
+        self._values: dict[int, dict[str, list[Tensor]]] = {}
 
     @contextmanager
-    def watching(self, model: Module, is_dense: bool) -> Iterator[None]:
-        """See what a model predicts in this block."""
-
-        def keep_output(module: Module, args: object, output: object) -> None:
-            self._output = output
-
-        def keep_inputs(module: Module, args: tuple[Any, ...]) -> None:
-            self._head_inputs = args
-
-        self._stores = is_dense
-        self._values.clear()  # of another pruned model
+    def storing(self, model: Module) -> Iterator[AfterBatch]:
+        """Yield a function to call after each batch that the dense model runs in this block."""
         head = next(filter(None, map(own_head, model.modules())), None)
-        with ExitStack() as hooks:
-            hooks.enter_context(model.register_forward_hook(keep_output))
-            if head is not None and is_dense:
-                hooks.enter_context(head.register_forward_pre_hook(keep_inputs))
-            self._model_head = head
-            hooks.callback(setattr, self, "_model_head", None)
-            yield
+        with _watching(model, head) as last:
 
-    @torch.no_grad()
-    def add(self, batch: Any, index: int, data: int = 0) -> None:
-        """Store or compare what the model has predicted for a batch, which has this index in a data set."""
-        output = self._output
-        inputs = self._head_inputs
-        self._output = None
-        self._head_inputs = ()
-        predictions = find_predictions(output)
-        if predictions is None:
-            return
+            @torch.no_grad()
+            def store(batch: Any, index: int, data: int) -> None:
+                predictions = find_predictions(last.output)
+                if predictions is not None and self._bytes[data] < self._most_bytes:
+                    self._store(predictions, last.head_inputs, head, batch, (data, index))
 
+            yield store
+
+    @contextmanager
+    def comparing(self, model: Module) -> Iterator[AfterBatch]:
+        """Yield the same for another model, whose predictions are compared with the stored ones."""
+        self._values = defaultdict(lambda: defaultdict(list))
+        head = next(filter(None, map(own_head, model.modules())), None)
+        with _watching(model, None) as last:
+
+            @torch.no_grad()
+            def compare(batch: Any, index: int, data: int) -> None:
+                stored = self._dense.get((data, index))
+                if stored is not None:
+                    self._compare(last.output, stored, head, batch, data)
+
+            yield compare
+
+    def _store(
+        self,
+        predictions: Tensor,
+        head_inputs: tuple[Any, ...],
+        head: Module | None,
+        batch: Any,
+        key: tuple[int, int],
+    ) -> None:
         is_counted = _counted(predictions, batch)
-        rows = predictions[is_counted]
-        if self._stores:
-            head_inputs = None
-            if len(inputs) == 1 and inputs[0].shape[:-1] == is_counted.shape:
-                head_inputs = inputs[0][is_counted]
-            self._store(stored(rows, head_inputs, self._model_head), (data, index))
-        elif (data, index) in self._dense:
-            values = _compare(rows, self._dense[data, index], has_classes(output))
-            numbers = is_counted.reshape(len(is_counted), -1).sum(dim=1).tolist()
-            for name, of_rows in values.items():
-                samples = of_rows.split(numbers)
-                self._values[data][name] += [sample for sample in samples if len(sample)]
+        rows = predictions.flatten(0, -2)
+        are_head_inputs = False
+        if head is not None and len(head_inputs) == 1:
+            (inputs,) = head_inputs
+            same_shape = inputs.shape[:-1] == is_counted.shape
+            if same_shape and gives_predictions(head, inputs.flatten(0, -2), rows):
+                rows = inputs.flatten(0, -2)
+                are_head_inputs = True
+                if not self._head:
+                    self._head = {n: p.detach().cpu().clone() for n, p in head.named_parameters()}
 
-    def _store(self, target: DenseTarget, key: object) -> None:
-        if self._bytes + target.rows.nbytes > _MOST_BYTES:
-            return
-        self._bytes += target.rows.nbytes
-        if target.head is None:
-            self._dense[key] = DenseTarget(target.rows.cpu(), None)
-            return
-        if self._head is None:
-            self._head = deepcopy(target.head)  # the model's own may be pruned, or trained
-        self._dense[key] = DenseTarget(target.rows.cpu(), self._head)
+        # The first samples that fit.
+        data, _ = key
+        rows_left = (self._most_bytes - self._bytes[data]) // rows[0].nbytes
+        ends = _rows_by_sample(is_counted).cumsum(0)
+        number = max(int((ends <= rows_left).sum()), 0 if self._bytes[data] else 1)
+        chosen = rows[_positions(is_counted[:number])].cpu()
+        self._bytes[data] += chosen.nbytes
+        if len(chosen):
+            self._dense[key] = _Stored(chosen, are_head_inputs)
+
+    def _compare(
+        self, output: object, stored: _Stored, head: Module | None, batch: Any, data: int
+    ) -> None:
+        predictions = find_predictions(output)
+        assert predictions is not None
+        rows = predictions.flatten(0, -2)
+        is_counted = _counted(predictions, batch)
+        positions = _positions(is_counted)[: len(stored.rows)]
+        dense_rows = stored.rows.to(rows.device)
+        self._head = {name: value.to(rows.device) for name, value in self._head.items()}
+        measure = _of_classes if has_classes(output) else _of_vectors
+        size = max(1, _LOGITS_AT_ONCE // rows.shape[-1])
+        parts = []
+        for start in range(0, len(positions), size):
+            part = slice(start, start + size)
+            dense_part = dense_rows[part]
+            if stored.are_head_inputs:
+                assert head is not None
+                dense_part = functional_call(head, self._head, (dense_part,))
+            if dense_part.shape[1] != rows.shape[1]:
+                raise UserError(
+                    f"--dense must predict what --model predicts, to be compared with it, but it has "
+                    f"{dense_part.shape[1]:,} numbers for each prediction, and --model has {rows.shape[1]:,}. Leave "
+                    "--dense out."
+                )
+            parts.append(measure(widened(rows[positions[part]]), widened(dense_part)))
+
+        numbers = _rows_by_sample(is_counted).tolist()
+        for name in parts[0]:
+            values = torch.cat([part[name] for part in parts]).cpu()
+            for number in filter(None, numbers):
+                sample, values = values[:number], values[number:]
+                if len(sample):
+                    self._values[data][name].append(sample)
 
     def metrics(self, data: int = 0) -> dict[str, float]:
-        """Return the mean of each measure, a percentile of the divergence, and the number of predictions.
+        """Return the mean of each metric on a data set, a percentile of the divergence, and the number of predictions.
 
-        A name with `_stderr` is that of an error; there is none for a single sample. Samples are independent, but the
-        tokens of a window are not, so that the errors are those of means over samples.
+        Keys that end in `_stderr` are standard errors. Samples are independent, but the tokens of a window are not, so
+        these are the errors of a ratio of sums over samples. Without two samples there are none.
         """
-        metrics = {}
-        for name, samples in self._values[data].items():
+        metrics: dict[str, float] = {}
+        for name, samples in self._values.get(data, {}).items():
             values = torch.cat(samples)
             metrics[name] = float(values.mean())
-            metrics |= _error(name, [float(sample.mean()) for sample in samples])
+            sums = torch.stack([sample.sum() for sample in samples])
+            counts = torch.tensor([len(sample) for sample in samples])
+            if len(samples) > 1:
+                residuals = sums - metrics[name] * counts
+                metrics[f"{name}_stderr"] = (
+                    sqrt(float(residuals.var())) * sqrt(len(samples)) / len(values)
+                )
             if name == "kl_divergence":
-                percentile = f"{name}_p99"
-                metrics[percentile] = _percentile(values)
-                number = min(_GROUPS, len(samples))
-                groups = [torch.cat(samples[start::number]) for start in range(number)]
-                metrics |= _error(percentile, list(map(_percentile, groups)))
+                metrics |= _percentile_of(samples)
             metrics["predictions"] = len(values)
         return metrics
+
+
+@contextmanager
+def _watching(model: Module, head: Module | None) -> Iterator[_LastCall]:
+    """Keep what each call of a model shows, until the next one or the end of this block."""
+    last = _LastCall()
+
+    def keep_inputs(module: Module, args: tuple[Any, ...]) -> None:
+        last.head_inputs = args
+
+    def keep_output(module: Module, args: object, output: object) -> None:
+        last.output = output
+
+    with ExitStack() as hooks:
+        if head is not None:
+            hooks.enter_context(head.register_forward_pre_hook(keep_inputs))
+        hooks.enter_context(model.register_forward_hook(keep_output))
+        try:
+            yield last
+        finally:
+            last.output = None
+            last.head_inputs = ()
 
 
 def _counted(predictions: Tensor, batch: Any) -> Tensor:
@@ -135,34 +209,38 @@ def _counted(predictions: Tensor, batch: Any) -> Tensor:
     return torch.ones(predictions.shape[:-1], dtype=torch.bool, device=predictions.device)
 
 
-def _compare(rows: Tensor, dense: DenseTarget, are_classes: bool) -> _Values:
-    """Compare rows of predictions with the dense ones, some at a time."""
-    dense_rows = DenseTarget(dense.rows.to(rows.device), dense.head).predictions()
-    measures = _of_classes if are_classes else _of_vectors
-    size = max(1, _AT_ONCE // rows.shape[-1])
-    parts = []
-    for start in range(0, len(rows), size):
-        part = slice(start, start + size)
-        parts.append(measures(widened(rows[part]), widened(dense_rows(part))))
-    return {name: torch.cat([part[name] for part in parts]).cpu() for name in parts[0]}
+def _positions(is_counted: Tensor) -> Tensor:
+    """Return the rows that count, in the matrix of all predictions."""
+    return is_counted.flatten().nonzero().squeeze(1)
 
 
-def _of_classes(logits: Tensor, dense: Tensor) -> _Values:
+def _rows_by_sample(is_counted: Tensor) -> Tensor:
+    return is_counted.reshape(len(is_counted), -1).sum(dim=1)
+
+
+def _of_classes(logits: Tensor, dense: Tensor) -> Mapping[str, Tensor]:
     is_same = logits.argmax(dim=-1) == dense.argmax(dim=-1)
     return {"kl_divergence": row_divergences(logits, dense), "same_top": is_same.to(logits.dtype)}
 
 
-def _of_vectors(vectors: Tensor, dense: Tensor) -> _Values:
+def _of_vectors(vectors: Tensor, dense: Tensor) -> Mapping[str, Tensor]:
     return {"cosine": F.cosine_similarity(vectors, dense)}
+
+
+def _percentile_of(samples: Sequence[Tensor]) -> dict[str, float]:
+    """Return the 99th percentile of the divergence, and its standard error from groups of samples, of enough values."""
+    values = torch.cat([*samples])
+    if len(values) < _PERCENTILE_OF:
+        return {}
+    name = "kl_divergence_p99"
+    metrics = {name: _percentile(values)}
+    groups = [samples[start::_GROUPS] for start in range(_GROUPS)]
+    if all(sum(map(len, group)) >= _PERCENTILE_OF for group in groups):
+        percentiles = torch.tensor([_percentile(torch.cat([*group])) for group in groups])
+        metrics[f"{name}_stderr"] = float(percentiles.std()) / sqrt(_GROUPS)
+    return metrics
 
 
 def _percentile(values: Tensor) -> float:
     """Return the 99th percentile: the smallest value that 99 % of all do not exceed."""
     return float(values.kthvalue(ceil(0.99 * len(values))).values)
-
-
-def _error(name: str, values: Sequence[float]) -> dict[str, float]:
-    """Return the standard error of the mean of independent values, if there are two."""
-    if len(values) < 2:
-        return {}
-    return {f"{name}_stderr": float(torch.tensor(values).std()) / sqrt(len(values))}

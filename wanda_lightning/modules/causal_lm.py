@@ -188,6 +188,8 @@ class CausalLMModule(L.LightningModule):
         self, name: str, metric: WindowPerplexity, batch: Any, batch_idx: int, dataloader_idx: int
     ) -> None:
         windows = self._read(batch)
+        if batch_idx == dataloader_idx == 0:
+            self._logged.clear()
         if dataloader_idx > 0:
             if batch_idx == 0:
                 self._others[dataloader_idx] = WindowPerplexity().to(self.device)
@@ -214,7 +216,7 @@ class CausalLMModule(L.LightningModule):
             )
 
     def standard_errors(self) -> dict[str, float]:
-        """Return the standard errors of the perplexities of a validation loop, by their logged names, while it ends."""
+        """Return the standard errors of the perplexities of the latest loop, by their logged names, while it ends."""
         return {name: metric.standard_error() for name, metric in self._logged.items()}
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:

@@ -93,11 +93,14 @@ class WindowPerplexity(Metric):
         return torch.exp(self.loss_sum / self.windows)
 
     def standard_error(self) -> float:
-        """Return the standard error of the perplexity, from the deviation of the windows; NaN for a single window."""
+        """Return the standard error of the perplexity, from the deviation of the windows of this process.
+
+        It is not finite for a single window, and where the perplexity is not.
+        """
         windows = float(self.windows)
         if windows < 2:
             return math.nan
         mean = float(self.loss_sum) / windows
         variance = max(0.0, float(self.square_sum) - windows * mean**2) / (windows - 1)
         # To first order: the derivative of exp(x) is exp(x).
-        return math.exp(mean) * math.sqrt(variance / windows)
+        return float(self.compute()) * math.sqrt(variance / windows)

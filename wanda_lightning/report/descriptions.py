@@ -72,8 +72,8 @@ SPEARMAN = Metric(
 METRICS = {metric.name: metric for metric in (PERPLEXITY, TOP1, SPEARMAN)}
 
 
-class Measure(NamedTuple):
-    """A measure of how near the predictions of a pruned model are to those of the dense one."""
+class AgreementMetric(NamedTuple):
+    """A metric of how near the predictions of a pruned model are to those of the dense one."""
 
     title: str
     meaning: str  # half a sentence
@@ -81,59 +81,65 @@ class Measure(NamedTuple):
 
     def text(self, value: float, error: float | None) -> str:
         """Return a value with its standard error, such as `81.25% ± 0.39` or `0.0312 ± 0.0004`."""
+        if not isfinite(value):
+            return "not finite"
         if self.is_share:
             text = f"{value:.2%}"
             return text if error is None else f"{text} ± {100 * error:.2f}"
         return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
 
 
-MEASURES = {
-    "same_top": Measure(
+AGREEMENT_METRICS = {
+    "same_top": AgreementMetric(
         "Same top prediction",
         "the share of predictions whose most likely token or class is that of the dense model",
         is_share=True,
     ),
-    "kl_divergence": Measure(
+    "kl_divergence": AgreementMetric(
         "KL divergence",
         "how far the predicted probabilities are from the dense ones, in nats; 0 if they are equal",
     ),
-    "kl_divergence_p99": Measure(
-        "KL divergence, 99th percentile", "what one prediction in a hundred exceeds"
+    "kl_divergence_p99": AgreementMetric(
+        "KL divergence, 99th percentile", "1 % of the predictions have a larger divergence"
     ),
-    "cosine": Measure(
+    "cosine": AgreementMetric(
         "Cosine to the dense embedding", "1 if both embeddings have the same direction"
     ),
 }
 
 
 class MeasuredAgreement(NamedTuple):
-    """The value of a measure, in words."""
+    """The value of an `AgreementMetric`, in words."""
 
     title: str
     value: str
+    error: str  # with the sign ±; empty if it is not known
     meaning: str
 
 
 def agreement_of(result: Measured) -> list[MeasuredAgreement]:
     """Return how near the predictions on one data set are to the dense ones, in words; empty if it is not known."""
-    words = []
-    for name, measure in MEASURES.items():
+    measured = []
+    for name, metric in AGREEMENT_METRICS.items():
         value = result.agreement.get(name)
         if value is None:
             continue
-        text = measure.text(value, result.agreement.get(f"{name}_stderr"))
-        words.append(MeasuredAgreement(measure.title, text, measure.meaning))
-    return words
+        text = metric.text(value, result.agreement.get(f"{name}_stderr"))
+        number, sign, error = text.partition("± ")
+        measured.append(
+            MeasuredAgreement(metric.title, number.strip(), sign + error, metric.meaning)
+        )
+    return measured
 
 
 def agreement_in_a_sentence(result: Measured) -> str:
     """Return the same as a sentence; empty if it is not known."""
-    words = [f"{each.title} {each.value}" for each in agreement_of(result)]
+    words = [f"{title} {value} {error}".strip() for title, value, error, _ in agreement_of(result)]
     if not words:
         return ""
     data = result.data.partition(", ")[0]
     predictions = f"{result.agreement['predictions']:,.0f} predictions"
-    return f"Beside the dense model on {data}, {predictions}: {'; '.join(words)}."
+    return f"Compared with the dense model on {data} ({predictions}): {'; '.join(words)}."
 
 
 def title_of(report: ReportData) -> str:
@@ -181,7 +187,7 @@ def cost_of(result: Measured) -> str:
 
 def loops_of(result: Measured) -> str:
     """Return a sentence on the continuations that end in a loop."""
-    return f"In a loop end {result.after:.1%} of {result.data} (dense: {result.before:.1%})."
+    return f"{result.after:.1%} of {result.data} end in a loop (dense: {result.before:.1%})."
 
 
 def limits_of(report: ReportData) -> str:

@@ -173,22 +173,19 @@ def _target(sample: Sample, head: Module | None) -> DenseTarget:
         output = sample.predict()
     predictions = rows_of(predictions_of(output), sample)
     _refuse_unusable(predictions, sample)
-    inputs = rows_of(head_inputs[0], sample) if len(head_inputs) == 1 else None
-    return stored(predictions, inputs, head)
+    predictions = predictions.detach()
+    # The inputs of the head are much smaller than the predictions, if there are many classes.
+    if head is not None and len(head_inputs) == 1:
+        rows = rows_of(head_inputs[0].detach(), sample)
+        if len(rows) == len(predictions) and gives_predictions(head, rows, predictions):
+            return DenseTarget(rows.clone(), head)
+    return DenseTarget(predictions.clone(), None)
 
 
-def stored(rows: Tensor, head_inputs: Tensor | None, head: Module | None) -> DenseTarget:
-    """Return predictions as the inputs of the output head if they are enough, which are smaller if classes are many.
-
-    Both are (rows, width). A few rows show whether the model changes the outputs of its head.
-    """
-    rows = rows.detach()
-    if head is not None and head_inputs is not None and len(head_inputs) == len(rows):
-        head_inputs = head_inputs.detach()
-        part = slice(0, _ROWS_AT_ONCE)
-        if _nearly_equal(head(head_inputs[part]).detach(), rows[part]):
-            return DenseTarget(head_inputs.clone(), head)
-    return DenseTarget(rows.clone(), None)
+def gives_predictions(head: Module, inputs: Tensor, predictions: Tensor) -> bool:
+    """Whether the outputs of the head are the predictions; a few rows show whether the model changes them."""
+    part = slice(0, _ROWS_AT_ONCE)
+    return _nearly_equal(head(inputs[part]).detach(), predictions[part])
 
 
 def _refuse_unusable(predictions: Tensor, sample: Sample) -> None:
