@@ -220,7 +220,12 @@ def prune_and_ask(stored, inputs):
 
 
 def test_all_is_saved_before_the_tasks(prune_and_ask, monkeypatch):
-    monkeypatch.setattr("wanda_lightning.cli.prune_command.zero_shot", lambda *_: os.stat("gone"))
+    fails = iter([False, True])  # the dense model answers first
+
+    def answer(*_):
+        return os.stat("gone") if next(fails) else ({}, {})
+
+    monkeypatch.setattr("wanda_lightning.cli.prune_command.answer", answer)
     assert run(*prune_and_ask) == 2
     assert read_json("log/pruning_report.json")["run"]["after"] > 1
     assert sparsity_of(AutoModelForCausalLM.from_pretrained("model"))["layers"] == 0.5
@@ -229,13 +234,16 @@ def test_all_is_saved_before_the_tasks(prune_and_ask, monkeypatch):
 def test_zero_shot_after_pruning(prune_and_ask, capsys):
     assert run(*prune_and_ask) == 0
     out = capsys.readouterr().out
-    measured = read_json("log/pruning_report.json")["run"]["zero_shot"]
-    assert list(measured) == [*PAPER_TASKS, "mean"]
+    written = read_json("log/pruning_report.json")["run"]
+    measured = written["zero_shot"]
+    assert list(measured) == list(written["dense_zero_shot"]) == [*PAPER_TASKS, "mean"]
     pruned = AutoModelForCausalLM.from_pretrained("model")
     assert sparsity_of(pruned)["layers"] == 0.5
     for name in {*PAPER_TASKS} - {"hellaswag", "winogrande"}:  # their prompts are not made by hand
         by_hand = accuracies_by_hand(pruned, tiny_tokenizer(), name, DOCUMENTS[name])
         assert measured[name]["acc"] == by_hand["acc"]
+        changed = measured[name]["wrong_to_right"] - measured[name]["right_to_wrong"]
+        assert changed == pytest.approx(by_hand["acc"] - written["dense_zero_shot"][name]["acc"])
         assert f"{name} acc " in out
     assert f"{measured['mean']['acc']:.2%}" in out
     assert AutoTokenizer.from_pretrained("model").pad_token is None

@@ -87,7 +87,8 @@ def test_the_page_shows_the_losses_of_a_training(page):
 
 
 def test_the_page_shows_zero_shot_tasks_and_text(report, page):
-    assert "boolq acc 56.25%" in page.text
+    assert "boolq accuracy 60.00% 56.25%" in page.text
+    assert "boolq answers that were right and are wrong 5.00%" in page.text
     for sample in report.run.samples:
         for text in (sample.prompt, sample.before, sample.after):
             assert " ".join(text.split()) in page.text

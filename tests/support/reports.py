@@ -84,7 +84,8 @@ def llama_report(blocks=30):
                 Measured("tokens per second", 2290.4, 2310.0),
             ),
             loops=Measured("32 continuations", 0.03125, 0.5),
-            zero_shot={"boolq": {"acc": 0.5625, "acc_stderr": 0.02, "documents": 400}},
+            zero_shot={"boolq": {"acc": 0.5625, "acc_stderr": 0.02, "right_to_wrong": 0.05}},
+            dense_zero_shot={"boolq": {"acc": 0.6}},
             samples=(
                 Continuations("The library", " is <b>open</b>.", " is closed."),
                 Continuations("def f():", "\n    return", " f f f"),

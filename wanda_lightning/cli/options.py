@@ -314,7 +314,7 @@ on the hub (OWNER/NAME), a FILE (.txt, .jsonl, .parquet); or self, what the dens
     checkpoint: Annotated[str | None, Parameter(alias="--resume")] = None
     """Weights (.safetensors) of the image classifier."""
     eval_zero_shot: bool = False
-    """Also measure the pruned model on the paper's seven zero-shot tasks (needs lm-eval)."""
+    """Also measure both models on the paper's seven zero-shot tasks (needs lm-eval)."""
 
 
 @_DATA

@@ -34,7 +34,9 @@ from wanda_lightning.data.sentences import SentenceDataModule
 from wanda_lightning.data.text import TextDataModule
 from wanda_lightning.data.text_sources import SELF
 from wanda_lightning.engine.prune import prune_as, removal_of
-from wanda_lightning.evaluation import Evaluation, load_tasks, zero_shot
+from wanda_lightning.evaluation import Evaluation, load_tasks
+from wanda_lightning.evaluation.results import Metrics
+from wanda_lightning.evaluation.tasks import Answers, answer, flips
 from wanda_lightning.modules.agreement import Agreement
 from wanda_lightning.modules.model_loading import check_source, model_from_config
 from wanda_lightning.planning.plan import make_plan, refuse_unprunable
@@ -56,13 +58,15 @@ _MIB = 2**20
 _FEW_BYTES = 256 * _MIB  # of dense predictions, where memory is scarce
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Measurement:
-    """The metrics of one model, and its continuations of the prompts; empty if they were not asked for."""
+    """What one model predicts, writes and answers; empty if it was not asked for."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     texts: list[str] = field(default_factory=list)
     loops: tuple[int, int] | None = None  # among continuations, and their number
+    accuracies: dict[str, Metrics] = field(default_factory=dict)
+    answers: Answers = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,27 +92,43 @@ def prune(config: PruningConfig, options: PruneOptions) -> None:
         tasks = load_tasks(["paper"], data.tasks_dir, options.model.cache_dir)
 
     pruning = _prune_from_disk if results.stream else _prune_in_memory
-    with pruning(config, options) as done:
+    with pruning(config, options, tasks) as done:
         report, sentence = _save(done, results)
         run = _circumstances(done, config, options, report.shrunk)
         described = {**report.config, "command": _given_values(options)}
         report, files = write_results(replace(report, run=run, config=described), options)
         if tasks:
             # They take hours for a large model, so everything is saved before, too.
-            module = done.module
-            accuracies = zero_shot(module.model, module.tokenizer, tasks, done.data.batch_size)
-            run = replace(run, zero_shot=accuracies)
+            _answer(done.module, tasks, done.data, done.pruned)
+            answered = _with_flips(done.dense, done.pruned)
+            run = replace(run, zero_shot=answered, dense_zero_shot=done.dense.accuracies)
             report, _ = write_results(replace(report, run=run), options)
 
     for line in _summary(report, run, sentence, results):
         print_line(line)
     if tasks:
-        print_table(Evaluation({f"{options.model.model}, pruned": accuracies}).table())
+        name = options.model.model
+        both = {name: done.dense.accuracies, f"{name}, pruned": answered}
+        print_table(Evaluation(both, dense=name).table())
     upload_saved(results, files)
 
 
+def _answer(module: Any, tasks: Kwargs, data: Any, measured: _Measurement) -> None:
+    measured.accuracies, measured.answers = answer(
+        module.model, module.tokenizer, tasks, data.batch_size
+    )
+
+
+def _with_flips(dense: _Measurement, pruned: _Measurement) -> dict[str, Metrics]:
+    """Return the metrics of the pruned model, with the shares of answers that became wrong and right."""
+    changed = flips(dense.answers, pruned.answers)
+    return {name: {**values, **changed.get(name, {})} for name, values in pruned.accuracies.items()}
+
+
 @contextmanager
-def _prune_in_memory(config: PruningConfig, options: PruneOptions) -> Iterator[_Pruned]:
+def _prune_in_memory(
+    config: PruningConfig, options: PruneOptions, tasks: Kwargs
+) -> Iterator[_Pruned]:
     """Prune a whole model; measure it before and after on the accelerator, if there is one."""
     model, _, data, results = options
     name = model.model
@@ -143,8 +163,7 @@ def _prune_in_memory(config: PruningConfig, options: PruneOptions) -> Iterator[_
         writes_text = results.report or results.save_model
         if writes_text and data.evaluation and isinstance(source, TextDataModule):
             windows = source.windows_of(source.evaluations[0])
-            loops = count_loops(module.model, module.tokenizer, windows)
-            measured = replace(measured, loops=loops)
+            measured.loops = count_loops(module.model, module.tokenizer, windows)
         if results.report and model.is_language:
             measured.texts.extend(continuations(module.model, module.tokenizer))
         return measured
@@ -153,6 +172,8 @@ def _prune_in_memory(config: PruningConfig, options: PruneOptions) -> Iterator[_
         return module.transfer_batch_to_device(batch, device, 0)
 
     dense = measurement(is_dense=True)
+    if tasks:
+        _answer(module, tasks, source, dense)
     report = prune_as(
         plan,
         batches,
@@ -165,7 +186,9 @@ def _prune_in_memory(config: PruningConfig, options: PruneOptions) -> Iterator[_
 
 
 @contextmanager
-def _prune_from_disk(config: PruningConfig, options: PruneOptions) -> Iterator[_Pruned]:
+def _prune_from_disk(
+    config: PruningConfig, options: PruneOptions, tasks: Kwargs
+) -> Iterator[_Pruned]:
     """Prune one block at a time. If what follows fails or is killed, the same command continues from there."""
     model, _, data, results = options
     hub = model.source(model.model)

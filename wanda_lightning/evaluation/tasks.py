@@ -205,7 +205,7 @@ def answer(
     tokenizer: Any,
     tasks: Mapping[str, Any],
     batch_size: int,
-    limit: int | None,
+    limit: int | None = None,
     apply_chat_template: bool = False,
 ) -> tuple[Results, Answers]:
     """Return the metrics of `zero_shot`, and whether the answer to each document was right."""

@@ -188,10 +188,13 @@ def _results(run: Circumstances) -> tuple[list[tuple[str, str, str]], list[Any]]
         rows.append((name, f"{run.loops.before:.1%}", f"{run.loops.after:.1%}"))
 
     for task, scores in run.zero_shot.items():
-        accuracy = scores["acc"]
-        rows.append((f"{task}, accuracy", "", TOP1.text(accuracy)))
+        dense_scores = run.dense_zero_shot.get(task, {})
+        for score, title in descriptions.TASK_METRICS.items():
+            if score in scores:
+                before = f"{dense_scores[score]:.2%}" if score in dense_scores else ""
+                rows.append((f"{task}, {title}", before, f"{scores[score]:.2%}"))
         if task != "mean":
-            metadata.append(EvalResult("text-generation", task, task, "accuracy", accuracy))
+            metadata.append(EvalResult("text-generation", task, task, "accuracy", scores["acc"]))
     return rows, metadata
 
 

@@ -108,6 +108,14 @@ AGREEMENT_METRICS = {
 }
 
 
+TASK_METRICS = {
+    "acc": "accuracy",
+    "acc_norm": "accuracy (acc_norm)",
+    "right_to_wrong": "answers that were right and are wrong",
+    "wrong_to_right": "answers that were wrong and are right",
+}
+
+
 class MeasuredAgreement(NamedTuple):
     """The value of an `AgreementMetric`, in words."""
 

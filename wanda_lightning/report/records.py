@@ -256,8 +256,9 @@ class Circumstances:
     others: tuple[Measured, ...] = ()  # results on other data
     costs: tuple[Measured, ...] = ()  # size and speed of both models; `data` is the unit
     calibration: str = ""  # the calibration data; also empty if the method reads none
-    # Metrics of the pruned model, by zero-shot task.
+    # Metrics of the pruned and of the dense model, by zero-shot task.
     zero_shot: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    dense_zero_shot: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     samples: tuple[Continuations, ...] = ()  # text by both models
     # Shares of continuations that end in a loop; `data` says of how many.
     loops: Measured | None = None
