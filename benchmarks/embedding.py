@@ -40,11 +40,16 @@ LENGTHS = {1: 32, 32: 64}  # tokens, by the number of sentences
 PACKAGES = ("onnxruntime", "openvino", "nncf")
 
 
-def trained(options, goal, model):
+def trained(options, goal, model, seed):
     """Return the model without a percentage of its hidden units, trained as `smaller_encoder.yaml` in recipes does."""
     module = EmbeddingModule(model, lr=5e-4, lr_decay=True)
     data = SentenceDataModule(
-        model, options.calibration, options.eval, batch_size=64, train_samples=PIECES
+        model,
+        options.calibration,
+        options.eval,
+        batch_size=64,
+        train_samples=PIECES,
+        seed=seed,
     )
     pruning = PruningCallback(int(goal) / 100, pattern="structured", num_samples=1024)
     callbacks = [pruning, DistillFromDense(weight=1.0)]
@@ -64,11 +69,13 @@ def arrays(features):
     return features["input_ids"].numpy(), features["attention_mask"].numpy()
 
 
-def sentences(options):
-    """Prepare a sentence encoder."""
+def sentences(options, seed=0):
+    """Prepare a sentence encoder; `seed` draws the calibration sentences and what is trained on."""
     model = EmbeddingModule(options.model).eval().model
     count = options.nsamples or 1024
-    data = SentenceDataModule(model, options.calibration, options.eval, num_samples=count)
+    data = SentenceDataModule(
+        model, options.calibration, options.eval, num_samples=count, seed=seed
+    )
     texts = data.calibration_sentences
     pairs = list(data.val_dataloader())
     scores = np.concatenate([batch["score"] for batch in pairs])
@@ -80,7 +87,9 @@ def sentences(options):
         versions={name: metadata.version(name) for name in PACKAGES},
     )
     units = rows_of_units(planned, "structured", partial(narrower, texts), WIDTHS)
-    units += rows_of_units(planned, "structured, trained", partial(trained, options), TRAINED)
+    units += rows_of_units(
+        planned, "structured, trained", partial(trained, options, seed=seed), TRAINED
+    )
 
     def quality(run):
         similarities = []

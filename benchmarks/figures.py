@@ -9,7 +9,7 @@ first as its description, so that a test compares it with the runs without drawi
 
 import json
 
-from result import OURS, read_table
+from result import OURS, read_drawn, read_table
 from tables import LABELS, REFERENCE, ROOT, in_order, lookup
 
 from wanda_lightning.common.atomic_write import atomic_write
@@ -65,13 +65,25 @@ def methods():
     """Perplexity at each sparsity and seconds of pruning, for the presets and for other methods."""
     rows = []
     for method, code, label in COMPARED:
-        table = read_table("methods" if code == OURS else "reference")
+        table = read_drawn("methods") if code == OURS else read_table("reference")
         cells = lookup(run for run in table if run.code == code)
         runs = {goal: cells[method, goal] for goal in GOALS if (method, goal) in cells}
         perplexities = {goal: round(run.measured["perplexity"], 2) for goal, run in runs.items()}
         # The seconds of other implementations are of machines whose state was not recorded.
         seconds = sorted(round(run.measured["seconds"]) for run in runs.values() if code == OURS)
-        rows.append({"label": label, "perplexity": perplexities, "seconds": seconds})
+        deviations = {
+            goal: round(run.measured["perplexity_deviation"], 2)
+            for goal, run in runs.items()
+            if "perplexity_deviation" in run.measured
+        }
+        rows.append(
+            {
+                "label": label,
+                "perplexity": perplexities,
+                "deviation": deviations,
+                "seconds": seconds,
+            }
+        )
     return {"dense": _dense(), "rows": rows}
 
 
@@ -80,7 +92,7 @@ def _dense():
 
 
 def draw_methods(data):
-    """Draw one line for each method, with a mark for each sparsity."""
+    """Draw one line for each method, with a mark for each sparsity, and a bar for the deviation over draws."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 4.3), layout="constrained")
@@ -93,6 +105,9 @@ def draw_methods(data):
         for goal, value in row["perplexity"].items():
             color, marker = GOALS[goal]
             marks[goal] = axes.scatter(value, height, s=46, color=color, marker=marker, zorder=2)
+            deviation = row["deviation"].get(goal)
+            if deviation:
+                axes.errorbar(value, height, xerr=deviation, color=INK, capsize=3, linewidth=1)
         ends = dict.fromkeys(row["seconds"][:1] + row["seconds"][-1:])
         times.append(f"{' to '.join(map(str, ends))} s" if ends else "not compared")
 
@@ -138,7 +153,7 @@ def frontier():
     panels = {}
     for goal in GOALS:
         points = []
-        for run in read_table("methods"):
+        for run in read_drawn("methods"):
             if run.goal == goal and run.method != "magnitude" and "seconds" in run.measured:
                 name = _short(run.method)
                 points.append((run.measured["seconds"], run.measured["perplexity"], name))

@@ -126,9 +126,9 @@ def in_batches(windows, size=4):
 class Photos:
     """A timm model with its weights, images in the layout of ImageNet, and a result as in `LanguageModel`."""
 
-    def __init__(self, folder, data, count):
+    def __init__(self, folder, data, count, seed=0):
         module = ImageClassifierModule(f"timm:local-dir:{folder}")
-        self.data = ImageDataModule(data, module, num_samples=count)
+        self.data = ImageDataModule(data, module, num_samples=count, seed=seed)
         self.data.setup("validate")
         self.model = module.model.eval()
         self.calibration = [pixels for pixels, _ in self.data.calibration_dataloader()]

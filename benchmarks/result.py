@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from importlib import metadata
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from wanda_lightning.common.atomic_write import atomic_write
@@ -159,6 +160,37 @@ def read(file):
     return Result(**fields)
 
 
+SCORES = ("perplexity", "perplexity_second", "top1", "divergence", "spearman")
+"""Quantities that another draw of the calibration data changes."""
+
+
+def read_drawn(table):
+    """Return the runs of a table; those that `draws.py` has repeated get means and standard deviations over all draws.
+
+    The deviation of a quantity is in `measured`, too: `perplexity_deviation`.
+    """
+    repeated = {}
+    for run in read_table("draws"):
+        repeated.setdefault((run.model, run.method, run.goal), []).append(run)
+    results = []
+    for run in read_table(table):
+        others = repeated.get((run.model, run.method, run.goal), [])
+        if run.method != "dense" and run.measured.keys() & {*SCORES}:
+            run = replace(run, measured=run.measured | over_draws([run, *others]))
+        results.append(run)
+    return results
+
+
+def over_draws(runs):
+    """Return the mean and the standard deviation of each score that two runs or more have."""
+    measured = {}
+    for name in SCORES:
+        values = [run.measured[name] for run in runs if name in run.measured]
+        if len(values) > 1:
+            measured |= {name: mean(values), f"{name}_deviation": stdev(values)}
+    return measured
+
+
 def read_table(table, folder=FOLDER):
     """Return all runs of a table, in the order of their file names."""
     return [read(file) for file in sorted((folder / table).glob("*.json"))]
@@ -199,6 +231,9 @@ class Runs:
     def save(self, planned, measured):
         """Return the run with its numbers, and with `correct` if it is among them, after printing and saving it."""
         numbers = dict(measured)
+        if "draw" in planned.case:  # which may run beside other programs
+            for name in ("seconds", "peak_mib"):
+                numbers.pop(name, None)
         assert numbers.keys() <= {*QUANTITIES, "correct"}, numbers.keys()
         fields = here()
         fields["versions"] |= planned.versions or {}

@@ -9,10 +9,10 @@ from dataclasses import replace
 from functools import partial
 from itertools import groupby, product
 from pathlib import Path
-from statistics import linear_regression, mean
+from statistics import linear_regression
 
 import numpy as np
-from result import OURS, from_hexadecimal, read_table
+from result import OURS, from_hexadecimal, over_draws, read_drawn, read_table
 from scipy.stats import sem
 from servers import SERVERS
 
@@ -159,10 +159,18 @@ def dense_of(results):
 
 
 def number(result, quantity, form=".4g"):
-    """Return a measured number, or an empty string if it was not measured."""
+    """Return a measured number with its deviation over draws, or an empty string if it was not measured."""
     if result is None or quantity not in result.measured:
         return ""
-    return f"{result.measured[quantity]:{form}}"
+    shown = f"{result.measured[quantity]:{form}}"
+    deviation = result.measured.get(f"{quantity}_deviation")
+    if deviation is None:
+        return shown
+    # With as many decimals as the number.
+    digits = len(shown.rstrip("%").partition(".")[2])
+    if shown.endswith("%"):
+        return f"{shown.rstrip('%')} ± {100 * deviation:.{digits}f}%"
+    return f"{shown} ± {deviation:.{digits}f}"
 
 
 def percent(result, quantity, digits=2):
@@ -178,12 +186,17 @@ def seconds(result):
 
 def perplexity(result):
     """Return perplexity with four digits."""
-    whole = number(result, "perplexity", ".0f")
-    return whole if len(whole) > 3 else number(result, "perplexity", "#.4g")
+    is_large = result is not None and result.measured["perplexity"] >= 999.5
+    return number(result, "perplexity", ".0f" if is_large else "#.4g")
 
 
 def _perplexity(result):
     return result.measured["perplexity"]
+
+
+def _at_least(result):
+    """Return the perplexity without one standard deviation over draws."""
+    return _perplexity(result) - result.measured.get("perplexity_deviation", 0)
 
 
 def with_seconds(result):
@@ -251,7 +264,7 @@ def _distinct(values):
 
 def methods():
     """Perplexity, seconds and memory of all methods with a language model."""
-    results = in_order(read_table("methods"))
+    results = in_order(read_drawn("methods"))
     goals = ["50 %", "60 %", "70 %", "2:4"]
     wanda = {run.goal: _perplexity(run) for run in results if run.method == "wanda"}
     rows = []
@@ -264,7 +277,7 @@ def methods():
         peak = f"{max(peaks):.0f}" if any(peaks) else ""
         rows.append([LABELS[method], *cells, times, peak])
 
-        lost = [goal for goal, run in runs.items() if _perplexity(run) > wanda.get(goal, math.inf)]
+        lost = [goal for goal, run in runs.items() if _at_least(run) > wanda.get(goal, math.inf)]
         if lost and method != "magnitude":
             worse.append(f"{LABELS[method]} ({', '.join(lost)})")
 
@@ -325,7 +338,7 @@ def images():
 
 def photos():
     """Accuracy of classifiers with their weights, and the divergence from the dense predictions."""
-    return _by_model(read_table("photos"), _accuracy_and_divergence)
+    return _by_model(read_drawn("photos"), _accuracy_and_divergence)
 
 
 def _accuracy_and_divergence(result):
@@ -550,29 +563,31 @@ def _paired(*runs):
 
 
 def draws():
-    """Mean perplexity over draws of the calibration windows, with the lowest and the highest, on two texts."""
-    more = in_order(read_table("draws"))
-    drawn = {(run.method, run.goal) for run in more}
-    usual = [run for run in read_table("methods") if (run.method, run.goal) in drawn]
-    goals = goals_of(more)
+    """Perplexity on two texts over draws of the calibration windows."""
+    usual = read_table("methods")
+    more = [run for run in in_order(read_table("draws")) if run.model == usual[0].model]
+    more = [run for run in more if run.pattern != "structured"]
     cells = []
     for method, (quantity, text) in product(
         dict.fromkeys(run.method for run in more),
         (("perplexity", "WikiText-2"), ("perplexity_second", "python-docs")),
     ):
-        runs = [run for run in (*usual, *more) if run.method == method and quantity in run.measured]
-        for goal in goals:
-            values = [run.measured[quantity] for run in runs if run.goal in (goal, "dense")]
-            cells.append((f"{LABELS[method]}, {text}", goal, mean_and_range(values)))
-    return grid("perplexity", cells, goals)
+        for goal in goals_of(more):
+            runs = [run for run in (*usual, *more) if (run.method, run.goal) == (method, goal)]
+            dense = [run for run in more if run.method == method == "dense"]
+            measured = dense[0].measured if dense else over_draws(runs)
+            shown = number(replace(more[0], measured=measured), quantity, "#.4g")
+            cells.append((f"{LABELS[method]}, {text}", goal, shown))
+    return grid("perplexity", cells, goals_of(more))
 
 
-def mean_and_range(values):
-    """Return the mean, with the lowest and the highest value unless all look the same."""
-    if not values:
-        return ""
-    low, middle, high = (f"{each(values):#.4g}" for each in (min, mean, max))
-    return middle if low == high else f"{middle} ({low} to {high})"
+def encoder_draws():
+    """Scores of a sentence encoder over draws of the calibration sentences."""
+    rows = []
+    for run in in_order(read_drawn("embedding")):
+        if run.case == {"program": "onnxruntime", "numbers": "float32"}:
+            rows.append([label_and_goal(run), number(run, "spearman", ".2f")])
+    return markdown(("", "STS-B"), rows)
 
 
 def own_text():
@@ -652,12 +667,13 @@ def worth():
 
 def read_worth():
     """Return the runs of the comparison; those whose quality another table has get its perplexity and seconds."""
-    usual = lookup(read_table("methods"))
+    usual = lookup(read_drawn("methods"))
     results = []
-    for run in read_table("worth"):
+    for run in read_drawn("worth"):
         if not run.measured.keys() & {"perplexity", "top1"}:
             measured = usual[run.method, run.goal].measured
-            quality = {name: measured[name] for name in ("perplexity", "seconds")}
+            names = measured.keys() & {"perplexity", "perplexity_deviation", "seconds"}
+            quality = {name: measured[name] for name in names}
             run = replace(run, measured=run.measured | quality)
         results.append(run)
     return results
@@ -761,6 +777,7 @@ _TABLES = (
     more_photos,
     paired_photos,
     draws,
+    encoder_draws,
     own_text,
     experts,
     training,
