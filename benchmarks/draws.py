@@ -29,7 +29,7 @@ GOALS = ("50", "60", "2:4")
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Text):
-    """Models and data, which are those of the other tables."""
+    """Models and data, the same as in the other tables."""
 
     model: str
     images: str = ""
@@ -89,7 +89,7 @@ def encoder(options, seed):
 
 
 def embeddings_of(model):
-    """Return a function that runs a sentence encoder, as those of `programs.py` do."""
+    """Return a function that runs a sentence encoder, with the interface of `programs.py`."""
 
     @torch.no_grad()
     def run(ids, _, mask):

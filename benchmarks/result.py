@@ -171,14 +171,20 @@ def read_drawn(table):
     """
     repeated = {}
     for run in read_table("draws"):
-        repeated.setdefault((run.model, run.method, run.goal), []).append(run)
+        repeated.setdefault(_without_draw(run), []).append(run)
     results = []
     for run in read_table(table):
-        others = repeated.get((run.model, run.method, run.goal), [])
+        others = repeated.get(_without_draw(run), [])
         if run.method != "dense" and run.measured.keys() & {*SCORES}:
             run = replace(run, measured=run.measured | over_draws([run, *others]))
         results.append(run)
     return results
+
+
+def _without_draw(run):
+    """Return what a run and its repetitions have in common."""
+    case = tuple(item for item in run.case.items() if item[0] != "draw")
+    return run.model, run.method, run.goal, case
 
 
 def over_draws(runs):

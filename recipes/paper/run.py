@@ -294,33 +294,44 @@ def write_table(path: Path, cells: Sequence[Cell], out: Path) -> None:
     lines = [
         "# Reproduce the paper",
         "",
-        "Each row is a number of the Wanda paper. An empty *published* is one that we found in no public text.",
+        "Each row is a cell of a table of the Wanda paper: its perplexity, or its accuracy in percent. *published* is",
+        "the paper's number. Where it is empty, we did not find the number in a public text; the paper has it.",
         "*measured* is filled from finished runs. This runs all cells of a family, and goes on after an interruption;",
         "`--only CELL` runs one of them:",
         "",
         "```bash",
         f"python recipes/paper/run.py recipes/paper/FAMILY.yaml --out {out} --table FILE.md",
         "```",
-        "",
-        "This page is the table of all families, written with `--dry_run`, which runs nothing.",
     ]
     for family in dict.fromkeys(cell.family for cell in cells):
         own = [cell for cell in cells if cell.family == family]
         options = " ".join(f"--{name} {value}" for name, value in _shared(own).items())
-        lines += ["", f"## {family}", "", own[0].caption or "Nothing is published.", ""]
+        lines += ["", f"## {family}", ""]
+        if own[0].caption:
+            lines += [own[0].caption, ""]
         lines += [f"`wanda-lightning prune {options} ...`", ""]
         lines += ["| cell | published | measured | options |", "| --- | ---: | ---: | --- |"]
+        with_dense = set()
         for cell in own:
             record = cell.finished(out)
-            measured = ""
-            if record is not None and record["options"] == cell.options:
-                measured = _number(record)
-            published = cell.published.get(cell.name)
-            shown = "" if published is None else f"{published:.2f}"
+            if record is not None and record["options"] != cell.options:
+                record = None
+            if cell.model not in with_dense:
+                with_dense.add(cell.model)
+                dense = record and {**record, "ours": record["dense"]}
+                lines.append(_line(cell, "dense", dense, ""))
             choices = " ".join(f"--{name} {value}" for name, value in cell.own.items())
-            lines.append(f"| {cell.path} | {shown} | {measured} | `{choices}` |")
+            lines.append(_line(cell, cell.name, record, f"`{choices}`"))
     with atomic_write(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _line(cell: Cell, name: str, record: Mapping[str, Any] | None, choices: str) -> str:
+    """Return a row of the page: a cell, or the dense model."""
+    published = cell.published.get(name)
+    shown = "" if published is None else f"{published:.2f}"
+    measured = "" if record is None else _number(record)
+    return f"| {cell.family}/{cell.model}/{name} | {shown} | {measured} | {choices} |"
 
 
 def _shared(cells: Sequence[Cell]) -> dict[str, str]:

@@ -57,15 +57,16 @@ def test_the_configuration_of_the_model_does_not_keep_it_from_a_loop(inputs):
     model.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=1)
     assert count_loops(model, tokenizer, windows) == plain
     del model.generation_config
-    with pytest.warns(UserWarning, match="cannot continue a prompt"):
+    with pytest.warns(UserWarning, match="cannot continue a prompt, so loops are not counted"):
         assert count_loops(model, tokenizer, windows) is None
 
 
 def test_a_loop_may_have_any_length_and_must_last_until_the_end():
     assert ends_in_a_loop([9, 1, 2, 3, 1, 2, 3, 1, 2, 3])
-    assert ends_in_a_loop([4, 4, 4])
-    assert not ends_in_a_loop([1, 2, 3, 1, 2, 3])
-    assert not ends_in_a_loop([4, 4, 4, 5])
+    assert ends_in_a_loop([4] * 8)
+    assert not ends_in_a_loop([4] * 7)  # such as ... or 1000
+    assert not ends_in_a_loop([1, 2, 3, 4, 1, 2, 3, 4])
+    assert not ends_in_a_loop([*[4] * 8, 5])
 
 
 def test_a_model_that_cannot_generate_is_a_warning(inputs):

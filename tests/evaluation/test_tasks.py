@@ -3,9 +3,11 @@
 import json
 import math
 import re
+import sys
 from copy import deepcopy
 from pathlib import Path
 
+import datasets
 import pytest
 from support.callbacks import same
 from support.pairwise import with_nightly
@@ -143,6 +145,61 @@ def test_a_tiny_model_writes_answers(written_answers):
     assert results["gsm8k"]["documents"] == 1
 
 
+def test_each_model_sees_the_same_examples(written_answers, monkeypatch):
+    prompts = []
+
+    def generate_until(self, requests, **_):
+        prompts.append([request.args[0] for request in requests])
+        return [""] * len(requests)
+
+    monkeypatch.setattr("lm_eval.models.huggingface.HFLM.generate_until", generate_until)
+    for _ in range(3):
+        answer(tiny_llama(0), tiny_tokenizer(), written_answers, 2, None)
+    assert prompts[0] == prompts[1] == prompts[2]
+
+
+def test_examples_need_other_documents(written_answers, tmp_path):
+    with refuses(r"gsm8k\.jsonl must have more documents than .* has 3, and .* is 5\. Add"):
+        load_tasks(["gsm8k"], tmp_path)
+    with refuses("is 3"):
+        load_tasks(["gsm8k"], tmp_path, num_fewshot=3)
+
+
+def test_a_group_has_its_members_and_its_own_accuracy(tmp_path, monkeypatch):
+    caches = []
+
+    def load_dataset(path, name, **_):
+        caches.append(datasets.config.HF_DATASETS_CACHE)
+        number = 1 if name == "wmdp-bio" else 3
+        row = {"question": "What is it?", "choices": ["a", "b", "c", "d"], "answer": 2}
+        return datasets.DatasetDict(test=datasets.Dataset.from_list([row] * number))
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    tasks = load_tasks(["wmdp"], cache_dir=str(tmp_path))
+    assert {*tasks} == {"wmdp", "wmdp_bio", "wmdp_chem", "wmdp_cyber"}
+    assert {*caches} == {str(tmp_path)}
+    assert str(tmp_path) != datasets.config.HF_DATASETS_CACHE
+    results, answers = answer(tiny_llama(0), tiny_tokenizer(), tasks, 4, None)
+    assert {*answers} == {"wmdp_bio", "wmdp_chem", "wmdp_cyber"}
+    assert {*results} == {*tasks}
+    right = sum(sum(given) for given in answers.values())
+    assert results["wmdp"]["acc"] == pytest.approx(right / 7)
+    assert results["wmdp"]["documents"] == 7
+
+    monkeypatch.undo()
+    (tmp_path / "wmdp.jsonl").write_text('{"question": "a"}')
+    with refuses("wmdp is a group of tasks"):
+        load_tasks(["wmdp"], tmp_path)
+
+
+def test_a_task_that_needs_another_package_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "langdetect", None)
+    monkeypatch.delitem(sys.modules, "lm_eval.tasks.ifeval.utils", raising=False)
+    (tmp_path / "ifeval.jsonl").write_text('{"prompt": "a"}')
+    with refuses("The task ifeval needs another package: .*langdetect"):
+        load_tasks(["ifeval"], tmp_path)
+
+
 def test_prompts_in_a_chat_template(written_answers, monkeypatch):
     prompts = []
 
@@ -160,12 +217,11 @@ def test_prompts_in_a_chat_template(written_answers, monkeypatch):
     assert all(prompt.count("<assistant>") == 1 for prompt in prompts)
 
 
-def test_code_by_the_model_runs_only_with_permission(written_answers, tmp_path, monkeypatch):
-    monkeypatch.setattr(type(written_answers["gsm8k"]), "UNSAFE_CODE", True, raising=False)
-    with refuses("gsm8k runs code that the model writes. .* HF_ALLOW_CODE_EVAL=1"):
-        load_tasks(["gsm8k"], tmp_path)
-    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
-    assert list(load_tasks(["gsm8k"], tmp_path)) == ["gsm8k"]
+def test_code_by_the_model_runs_only_with_permission(tmp_path, monkeypatch):
+    (tmp_path / "humaneval.jsonl").write_text('{"prompt": "a"}')
+    for folder in (tmp_path, None):
+        with refuses("humaneval runs code that the model writes. .* HF_ALLOW_CODE_EVAL=1"):
+            load_tasks(["humaneval"], folder)
 
 
 def test_flips_are_counted_by_task():

@@ -323,11 +323,11 @@ class Measurements(_Measured):
     """Measurements of `evaluate`."""
 
     tasks: _Names = ()
-    """Tasks of lm-eval (needed) by name, with commas; paper stands for the seven of the paper, all for the same."""
+    """Names of lm-eval tasks, separated by commas; paper (or all) means the paper's seven. Needs lm-eval."""
     task_limit: _Count | None = None
     """Number of documents of each task; by default all."""
     num_fewshot: Annotated[int | None, _WHOLE, Parameter(validator=Number(gte=0))] = None
-    """Number of examples in the prompts of tasks; by default that of lm-eval, which is 0 for those of the paper."""
+    """Number of examples in the prompts of tasks; by default the task's own, 0 for the paper's tasks."""
     apply_chat_template: bool = False
     """Put the prompts of tasks into the tokenizer's chat template."""
 

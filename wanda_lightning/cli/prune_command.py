@@ -35,7 +35,7 @@ from wanda_lightning.data.text import TextDataModule
 from wanda_lightning.data.text_sources import SELF
 from wanda_lightning.engine.prune import prune_as, removal_of
 from wanda_lightning.evaluation import Evaluation, load_tasks
-from wanda_lightning.evaluation.results import Metrics
+from wanda_lightning.evaluation.results import Metrics, share_error
 from wanda_lightning.evaluation.tasks import Answers, answer, flips
 from wanda_lightning.modules.agreement import Agreement
 from wanda_lightning.modules.model_loading import check_source, model_from_config
@@ -345,8 +345,17 @@ def _loops(done: _Pruned) -> Measured | None:
     after = done.pruned.loops
     if not before or not after:
         return None
+    shares = []
+    errors = []
+    for loops, number in (before, after):
+        shares.append(loops / number)
+        errors.append(share_error("", shares[-1], number).get("_stderr"))
     return Measured(
-        f"{after[1]} continuations", before=before[0] / before[1], after=after[0] / after[1]
+        data=f"{after[1]} continuations",
+        before=shares[0],
+        after=shares[1],
+        before_error=errors[0],
+        after_error=errors[1],
     )
 
 

@@ -13,6 +13,7 @@ from wanda_lightning.common.wording import one_line
 PROMPTS = ("The capital of France is", "To make a good cup of tea, first", "def is_prime(n):")
 _NEW_TOKENS = 40
 _REPETITIONS = 3  # of an n-gram that make a loop
+_LOOP_LENGTH = 8  # tokens, at least
 _LOOP_PROMPTS = 32
 _LOOP_PROMPT_TOKENS = 32
 _LOOP_NEW_TOKENS = 64
@@ -22,19 +23,24 @@ _Result = TypeVar("_Result")
 
 def continuations(model: Any, tokenizer: Any) -> list[str]:
     """Continue each prompt; warn, and return nothing, if the model cannot generate text."""
-    return _generated(
-        model, lambda: [continuation(model, tokenizer, prompt) for prompt in PROMPTS], []
-    )
+
+    def write() -> list[str]:
+        return [continuation(model, tokenizer, prompt) for prompt in PROMPTS]
+
+    return _generated(model, write, [], "no text is shown")
 
 
-def _generated(model: Any, generate: Callable[[], _Result], default: _Result) -> _Result:
+def _generated(
+    model: Any, generate: Callable[[], _Result], default: _Result, otherwise: str
+) -> _Result:
+    """Return what a model writes; warn, with the words for what is missing then, and return a default if it cannot."""
     try:
         with evaluating(model):
             return generate()
     except Exception as error:  # code of the model, whose errors must not end a run that has pruned
         name = type(model).__name__
         warnings.warn(
-            f"{name} cannot continue a prompt, so no text is shown: {one_line(error)}",
+            f"{name} cannot continue a prompt, so {otherwise}: {one_line(error)}",
             stacklevel=3,
         )
         return default
@@ -62,19 +68,23 @@ def count_loops(model: Any, tokenizer: Any, windows: Tensor) -> tuple[int, int] 
         loops = [row for row in rows if ends.isdisjoint(row) and ends_in_a_loop(row)]
         return len(loops), len(rows)
 
-    return _generated(model, count, None)
+    return _generated(model, count, None, "loops are not counted")
 
 
 def ends_in_a_loop(tokens: Sequence[int]) -> bool:
-    """Return whether tokens end with the same n-gram three times in a row, for any n.
+    """Return whether tokens end with the same n-gram three times in a row or more, over eight tokens at least.
 
-    >>> ends_in_a_loop([5, 1, 2, 1, 2, 1, 2])
+    Shorter repetitions are ordinary text, such as `...` or `1000`.
+
+    >>> ends_in_a_loop([5, 1, 2, 1, 2, 1, 2, 1, 2])
     True
-    >>> ends_in_a_loop([1, 2, 1, 2, 1, 3])
+    >>> ends_in_a_loop([1, 2, 1, 2, 1, 2])
     False
     """
     for n in range(1, len(tokens) // _REPETITIONS + 1):
-        if [*tokens[-n * _REPETITIONS :]] == [*tokens[-n:]] * _REPETITIONS:
+        length = max(n * _REPETITIONS, _LOOP_LENGTH)
+        end = [*tokens[-length:]]
+        if len(end) == length and end[n:] == end[:-n]:
             return True
     return False
 
@@ -101,7 +111,7 @@ def _most_likely(model: Any, tokenizer: Any, ids: Tensor, new_tokens: int) -> li
         num_beams=1,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,
-        # Those of it that have no effect now would be warned about.
+        # transformers warns about options of sampling, which have no effect.
         temperature=None,
         top_p=None,
         top_k=None,

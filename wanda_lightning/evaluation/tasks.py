@@ -7,6 +7,7 @@ them.
 import copy
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -37,9 +38,10 @@ Answers = dict[str, list[bool]]
 """Whether the answer to each document was right, by task."""
 _UNFIT = "The documents in {} do not fit lm-eval's definition of {}"
 _NOT_ON_THE_HUB = (
-    "The documents of the tasks are not in the cache and cannot be downloaded from the Hugging Face hub. Put them into "
-    "files: --tasks_dir DIR, with DIR/TASK.jsonl. The cause"
+    "The documents of {0} are not in the cache and cannot be downloaded from the Hugging Face hub. Put them into a "
+    "file: --tasks_dir DIR, with DIR/{0}.jsonl. The cause"
 )
+_EXAMPLES_SEED = 1234  # lm-eval's own
 _RUN_CODE = "HF_ALLOW_CODE_EVAL"  # as the library evaluate calls it
 # The folders of the paper's tasks in lm_eval/tasks.
 _FOLDERS = ("arc", "glue/rte", "hellaswag", "openbookqa", "super_glue/boolq", "winogrande")
@@ -59,7 +61,7 @@ def load_tasks(
 
     Raises:
         ValueError: If a name is unknown, a task would run code that the model writes without permission, or documents
-            do not fit.
+            do not fit or are too few for the examples.
     """
     names: dict[str, None] = {}  # as a set in order
     for name in asked:
@@ -68,10 +70,14 @@ def load_tasks(
         return {}
     require_extra("eval", "lm_eval", purpose="Tasks")
     _refuse_unknown(names)
-    examples: Kwargs = {} if num_fewshot is None else {"num_fewshot": num_fewshot}
+    tasks: Kwargs = {}
     if folder is None:
-        source = {"dataset_kwargs": {"cache_dir": cache_dir}, **examples}
-        return _load(dict.fromkeys(names, source), _NOT_ON_THE_HUB)
+        with _cached_in(cache_dir):
+            for name in names:
+                loaded = _load(name, name, _NOT_ON_THE_HUB.format(name))
+                tasks |= {**loaded["tasks"], **loaded["groups"]}
+        _set_examples(tasks, num_fewshot)
+        return tasks
 
     files = {name: Path(folder).expanduser() / f"{name}.jsonl" for name in names}
     missing = [path.name for path in files.values() if not path.is_file()]
@@ -82,24 +88,65 @@ def load_tasks(
         )
     # All files are read before lm-eval is imported, which takes seconds.
     documents = {name: _read(path, PAPER_TASKS.get(name, ())) for name, path in files.items()}
-    tasks: Kwargs = {}
     for name, path in files.items():
-        # Examples are other documents of the file.
-        source = {**dict.fromkeys(("training_split", "test_split", "fewshot_split")), **examples}
-        source["validation_split"] = "validation"
-        source["custom_dataset"] = lambda name=name, **_: {"validation": documents[name]}
-        tasks |= _load({name: source}, _UNFIT.format(path, name))
-        if tasks[name].OUTPUT_TYPE == "multiple_choice":
-            _check_answers(tasks[name], path)
+        tasks |= _from_documents(name, documents[name], path)
+    _set_examples(tasks, num_fewshot)
+    for name, task in tasks.items():
+        count = len(documents[name])
+        examples = task.config.num_fewshot
+        if count <= examples:
+            raise UserError(
+                f"{files[name]} must have more documents than the prompts of {name} have examples, which are other "
+                f"documents of the file, but it has {count}, and the number of examples is {examples}. Add documents, "
+                "or set --num_fewshot."
+            )
     return tasks
+
+
+def _from_documents(name: str, documents: Any, path: Path) -> Kwargs:
+    """Load a task with these documents instead of its own."""
+    if _index_for(name).task_index[name].kind.name in ("GROUP", "TAG"):
+        raise UserError(
+            f"tasks must be single tasks if their documents are in --tasks_dir, but {name} is a group of tasks. "
+            "`lm-eval ls subtasks` lists single ones."
+        )
+    # Examples are other documents of the file.
+    source: Kwargs = dict.fromkeys(("training_split", "test_split", "fewshot_split"))
+    source |= {"task": name, "validation_split": "validation"}
+    source["custom_dataset"] = lambda **_: {"validation": documents}
+    # lm-eval merges changes into its own definition of a task only if the task is a member of a group.
+    group = {"group": "wanda_lightning", "task": [source]}
+    tasks = dict(_load(name, group, _UNFIT.format(path, name))["tasks"])
+    if tasks[name].OUTPUT_TYPE == "multiple_choice":
+        _check_answers(tasks[name], path)
+    return tasks
+
+
+def _set_examples(tasks: Kwargs, num_fewshot: int | None) -> None:
+    """Set the number of examples in each prompt, as lm-eval's command does."""
+    for task in _split(tasks)[0].values():
+        own = task.config.num_fewshot
+        if own == 0 and num_fewshot:
+            name = task.config.task
+            warnings.warn(
+                f"{name} has prompts without examples by definition; --num_fewshot {num_fewshot} does not change them.",
+                stacklevel=3,
+            )
+        elif num_fewshot is not None or own is None:
+            task.set_config(key="num_fewshot", value=num_fewshot or 0)
+
+
+def _split(tasks: Mapping[str, Any]) -> tuple[Kwargs, Kwargs]:
+    """Return single tasks, and groups of them such as mmlu, which have metrics of their own."""
+    groups = {name: task for name, task in tasks.items() if hasattr(task, "child_names")}
+    return {name: task for name, task in tasks.items() if name not in groups}, groups
 
 
 def _refuse_unknown(names: Iterable[str]) -> None:
     others = [name for name in names if name not in PAPER_TASKS]
     if not others:
         return
-    with _quiet():
-        known = _all_tasks().all_tasks
+    known = _all_tasks().all_tasks
     for name in others:
         if name not in known:
             similar = did_you_mean(name, [*PAPER_TASKS, *known])
@@ -114,7 +161,8 @@ def _all_tasks() -> Any:
     """Return lm-eval's index of all tasks, which takes 10 s, since it reads 14 thousand files."""
     from lm_eval import tasks
 
-    return tasks.TaskManager()
+    with _quiet():
+        return tasks.TaskManager()
 
 
 @cache
@@ -125,25 +173,47 @@ def _paper_tasks() -> Any:
     folders = [Path(tasks.__file__).parent / name for name in _FOLDERS]
     if not all(folder.is_dir() for folder in folders):  # another version of lm-eval has moved them
         return _all_tasks()
-    return tasks.TaskManager(include_path=list(map(str, folders)), include_defaults=False)
-
-
-def _load(overrides: Mapping[str, Kwargs], failure: str) -> Kwargs:
-    # lm-eval merges overrides into its own definition of a task only if the task is a member of a group.
-    members = [{"task": name, **changes} for name, changes in overrides.items()]
     with _quiet():
-        manager = _paper_tasks() if overrides.keys() <= PAPER_TASKS.keys() else _all_tasks()
+        return tasks.TaskManager(include_path=list(map(str, folders)), include_defaults=False)
+
+
+def _index_for(name: str) -> Any:
+    return _paper_tasks() if name in PAPER_TASKS else _all_tasks()
+
+
+def _load(name: str, spec: str | Kwargs, failure: str) -> Any:
+    """Return what lm-eval loads for a name: `tasks` and `groups` by their names."""
+    index = _index_for(name)
+    if (index.task_index[name].cfg or {}).get("unsafe_code") and not _may_run_code():
+        raise UserError(
+            f"The task {name} runs code that the model writes. Where that can do no harm, allow it with {_RUN_CODE}=1 "
+            "in the environment."
+        )
+    with _quiet():
         try:
-            tasks = dict(manager.load([{"group": "wanda_lightning", "task": members}])["tasks"])
+            return index.load([spec])
+        except ImportError as error:  # of the module with functions for this task
+            raise UserError(
+                f"The task {name} needs another package: {one_line(error)}. Install it."
+            ) from error
         except Exception as error:  # lm-eval runs code and templates on the documents
             raise UserError(f"{failure}: {one_line(error)}") from error
-    for name, task in tasks.items():
-        if getattr(task, "UNSAFE_CODE", False) and not _may_run_code():
-            raise UserError(
-                f"The task {name} runs code that the model writes. Where that can do no harm, allow it with "
-                f"{_RUN_CODE}=1 in the environment."
-            )
-    return tasks
+
+
+@contextmanager
+def _cached_in(folder: str | None) -> Iterator[None]:
+    """Let `datasets` keep in a folder what it downloads.
+
+    A task of lm-eval would take the folder only in place of its own arguments for `datasets`.
+    """
+    from datasets import config
+
+    usual = config.HF_DATASETS_CACHE
+    config.HF_DATASETS_CACHE = folder or usual
+    try:
+        yield
+    finally:
+        config.HF_DATASETS_CACHE = usual
 
 
 def _may_run_code() -> bool:
@@ -211,6 +281,9 @@ def answer(
     """Return the metrics of `zero_shot`, and whether the answer to each document was right."""
     if not tasks:
         return {}, {}
+    single, groups = _split(tasks)
+    for task in single.values():
+        task.set_fewshot_seed(_EXAMPLES_SEED)  # the same examples for each model
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
@@ -232,7 +305,7 @@ def answer(
                 )
             measured = lm_eval.evaluate(
                 lm,
-                {"tasks": dict(tasks)},
+                {"tasks": single, "groups": groups},
                 limit=limit,
                 apply_chat_template=apply_chat_template,
                 fewshot_as_multiturn=apply_chat_template,
@@ -241,19 +314,24 @@ def answer(
     finally:
         model.to(home)
 
+    # lm-eval counts only single tasks.
+    counts = {name: measured["n-samples"][name]["effective"] for name in single}
+    for name, group in groups.items():
+        counts[name] = sum(counts[task.task_name] for task in group.get_all_tasks())
     results = {}
-    answers = {}
     for name in tasks:
-        answers[name] = _right_answers(measured["samples"][name])
         values = {}
-        for key, value in measured["results"][name].items():
+        for key, value in {**measured["results"], **measured.get("groups", {})}.get(
+            name, {}
+        ).items():
             # A metric is METRIC,FILTER; where it has no standard error, lm-eval has the text N/A.
             if "," in key and not isinstance(value, str):
                 values[key.removesuffix(",none")] = float(value)
-        results[name] = {**values, "documents": measured["n-samples"][name]["effective"]}
-    if len(tasks) > 1 and all("acc" in values for values in results.values()):
+        if values:  # not for a group that only lists tasks
+            results[name] = {**values, "documents": counts[name]}
+    if len(single) > 1 and not groups and all("acc" in values for values in results.values()):
         results["mean"] = _mean(list(results.values()))
-    return results, answers
+    return results, {name: _right_answers(measured["samples"][name]) for name in single}
 
 
 def _right_answers(samples: Sequence[Kwargs]) -> list[bool]:

@@ -184,8 +184,10 @@ def _results(run: Circumstances) -> tuple[list[tuple[str, str, str]], list[Any]]
             )
 
     if run.loops:
-        name = f"Texts that end in a loop, {run.loops.data}"
-        rows.append((name, f"{run.loops.before:.1%}", f"{run.loops.after:.1%}"))
+        loops = run.loops
+        before = TOP1.text(loops.before, loops.before_error)
+        name = f"Continuations that end in a loop ({loops.data})"
+        rows.append((name, before, TOP1.text(loops.after, loops.after_error)))
 
     for task, scores in run.zero_shot.items():
         dense_scores = run.dense_zero_shot.get(task, {})

@@ -1,5 +1,6 @@
 """How near the predictions of a pruned model are to those of the dense one."""
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,7 +13,6 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import Module, functional as F
 
-from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.float64 import widened
 from wanda_lightning.core.losses import row_divergences
 from wanda_lightning.models import find_predictions, has_classes, own_head
@@ -32,14 +32,20 @@ class _Stored(NamedTuple):
 
     rows: Tensor
     are_head_inputs: bool  # else they are the predictions themselves
+    outputs: int  # numbers in a prediction
 
 
 @dataclass
 class _LastCall:
-    """What the last call of a model has shown."""
+    """Output of the last forward pass, and the inputs of its output head."""
 
     output: object = None
     head_inputs: tuple[Any, ...] = ()
+
+    def forget(self) -> None:
+        """Let the next forward pass have their memory."""
+        self.output = None
+        self.head_inputs = ()
 
 
 class Agreement:
@@ -49,9 +55,9 @@ class Agreement:
     most likely class is the same (Dutta et al., "Accuracy is Not All You Need", NeurIPS 2024); vectors by the cosine
     between them. Of a text, the predictions of its tokens count, except those of padding.
 
-    The dense predictions are stored on the CPU, those of a language model as the inputs of its output head, beside a
-    copy of the head's parameters. On each data set they have at most `most_bytes`: samples that no longer fit, after
-    the first one, are not compared.
+    The dense predictions are stored on the CPU, those of a language model as the inputs of its output head. On each
+    data set they have at most `most_bytes`: samples that no longer fit, after the first one, are not compared. A copy
+    of the head's parameters comes on top. Models with another number of outputs are not compared, with a warning.
     """
 
     def __init__(self, most_bytes: int = 2 * 2**30) -> None:
@@ -73,12 +79,13 @@ class Agreement:
                 predictions = find_predictions(last.output)
                 if predictions is not None and self._bytes[data] < self._most_bytes:
                     self._store(predictions, last.head_inputs, head, batch, (data, index))
+                last.forget()
 
             yield store
 
     @contextmanager
     def comparing(self, model: Module) -> Iterator[AfterBatch]:
-        """Yield the same for another model, whose predictions are compared with the stored ones."""
+        """Yield a function to call after each batch that the pruned model runs in this block."""
         self._values = defaultdict(lambda: defaultdict(list))
         head = next(filter(None, map(own_head, model.modules())), None)
         with _watching(model, None) as last:
@@ -88,6 +95,7 @@ class Agreement:
                 stored = self._dense.get((data, index))
                 if stored is not None:
                     self._compare(last.output, stored, head, batch, data)
+                last.forget()
 
             yield compare
 
@@ -115,11 +123,13 @@ class Agreement:
         data, _ = key
         rows_left = (self._most_bytes - self._bytes[data]) // rows[0].nbytes
         ends = _rows_by_sample(is_counted).cumsum(0)
-        number = max(int((ends <= rows_left).sum()), 0 if self._bytes[data] else 1)
+        number = int((ends <= rows_left).sum())
+        if not self._bytes[data]:
+            number = max(1, number)
         chosen = rows[_positions(is_counted[:number])].cpu()
         self._bytes[data] += chosen.nbytes
         if len(chosen):
-            self._dense[key] = _Stored(chosen, are_head_inputs)
+            self._dense[key] = _Stored(chosen, are_head_inputs, predictions.shape[-1])
 
     def _compare(
         self, output: object, stored: _Stored, head: Module | None, batch: Any, data: int
@@ -127,6 +137,13 @@ class Agreement:
         predictions = find_predictions(output)
         assert predictions is not None
         rows = predictions.flatten(0, -2)
+        if rows.shape[1] != stored.outputs:
+            warnings.warn(
+                f"The predictions are not compared: the dense model has {stored.outputs:,} outputs, and the other one "
+                f"{rows.shape[1]:,}.",
+                stacklevel=2,
+            )
+            return
         is_counted = _counted(predictions, batch)
         positions = _positions(is_counted)[: len(stored.rows)]
         dense_rows = stored.rows.to(rows.device)
@@ -140,12 +157,6 @@ class Agreement:
             if stored.are_head_inputs:
                 assert head is not None
                 dense_part = functional_call(head, self._head, (dense_part,))
-            if dense_part.shape[1] != rows.shape[1]:
-                raise UserError(
-                    f"--dense must predict what --model predicts, to be compared with it, but it has "
-                    f"{dense_part.shape[1]:,} numbers for each prediction, and --model has {rows.shape[1]:,}. Leave "
-                    "--dense out."
-                )
             parts.append(measure(widened(rows[positions[part]]), widened(dense_part)))
 
         numbers = _rows_by_sample(is_counted).tolist()
@@ -159,20 +170,16 @@ class Agreement:
     def metrics(self, data: int = 0) -> dict[str, float]:
         """Return the mean of each metric on a data set, a percentile of the divergence, and the number of predictions.
 
-        Keys that end in `_stderr` are standard errors. Samples are independent, but the tokens of a window are not, so
-        these are the errors of a ratio of sums over samples. Without two samples there are none.
+        Keys that end in `_stderr` are standard errors, of which there are none without two samples, and none if all
+        values are equal.
         """
         metrics: dict[str, float] = {}
         for name, samples in self._values.get(data, {}).items():
             values = torch.cat(samples)
             metrics[name] = float(values.mean())
-            sums = torch.stack([sample.sum() for sample in samples])
-            counts = torch.tensor([len(sample) for sample in samples])
-            if len(samples) > 1:
-                residuals = sums - metrics[name] * counts
-                metrics[f"{name}_stderr"] = (
-                    sqrt(float(residuals.var())) * sqrt(len(samples)) / len(values)
-                )
+            error = _error_of_mean(samples)
+            if error:
+                metrics[f"{name}_stderr"] = error
             if name == "kl_divergence":
                 metrics |= _percentile_of(samples)
             metrics["predictions"] = len(values)
@@ -181,7 +188,7 @@ class Agreement:
 
 @contextmanager
 def _watching(model: Module, head: Module | None) -> Iterator[_LastCall]:
-    """Keep what each call of a model shows, until the next one or the end of this block."""
+    """Yield the output of each forward pass of a model in this block, and the inputs of its head."""
     last = _LastCall()
 
     def keep_inputs(module: Module, args: tuple[Any, ...]) -> None:
@@ -197,8 +204,7 @@ def _watching(model: Module, head: Module | None) -> Iterator[_LastCall]:
         try:
             yield last
         finally:
-            last.output = None
-            last.head_inputs = ()
+            last.forget()
 
 
 def _counted(predictions: Tensor, batch: Any) -> Tensor:
@@ -225,6 +231,20 @@ def _of_classes(logits: Tensor, dense: Tensor) -> Mapping[str, Tensor]:
 
 def _of_vectors(vectors: Tensor, dense: Tensor) -> Mapping[str, Tensor]:
     return {"cosine": F.cosine_similarity(vectors, dense)}
+
+
+def _error_of_mean(samples: Sequence[Tensor]) -> float:
+    """Return the standard error of the mean of all values; 0 for a single sample.
+
+    Samples are independent, but the tokens of a window are not. So the mean is a ratio of two sums over samples: of
+    their values, and of their sizes.
+    """
+    if len(samples) < 2:
+        return 0.0
+    sums = torch.stack([sample.sum() for sample in samples])
+    counts = torch.tensor([len(sample) for sample in samples])
+    residuals = sums - sums.sum() / counts.sum() * counts
+    return sqrt(float(residuals.var()) * len(samples)) / int(counts.sum())
 
 
 def _percentile_of(samples: Sequence[Tensor]) -> dict[str, float]:

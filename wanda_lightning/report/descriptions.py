@@ -195,7 +195,8 @@ def cost_of(result: Measured) -> str:
 
 def loops_of(result: Measured) -> str:
     """Return a sentence on the continuations that end in a loop."""
-    return f"{result.after:.1%} of {result.data} end in a loop (dense: {result.before:.1%})."
+    dense = TOP1.text(result.before, result.before_error)
+    return f"{TOP1.text(result.after, result.after_error)} of {result.data} end in a loop (dense: {dense})."
 
 
 def limits_of(report: ReportData) -> str:
