@@ -182,7 +182,7 @@ def test_image_classifiers_side_by_side(stored, capsys):
 # Options, and what is said about them.
 REFUSED = """
 --tasks rte,boolq --tasks_dir INPUTS -> does not have rte.jsonl, boolq.jsonl
---tasks boolq -> cannot be downloaded from the Hugging Face hub. Put them into a file: --tasks_dir DIR, with DIR/boolq.jsonl
+--tasks boolq -> cannot be downloaded from the Hugging Face hub. Put them into a file: --tasks_dir DIR, with
 --tasks boolq --tasks_dir INPUTS/tasks --apply_chat_template -> has none. Leave the option out
 --num_fewshot 2 -> --num_fewshot must be left out for a command without tasks
 --dense INPUTS/images -> key in its config.json
