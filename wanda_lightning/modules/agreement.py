@@ -163,7 +163,8 @@ class Agreement:
         for name in parts[0]:
             values = torch.cat([part[name] for part in parts]).cpu()
             for number in filter(None, numbers):
-                sample, values = values[:number], values[number:]
+                sample = values[:number]
+                values = values[number:]
                 if len(sample):
                     self._values[data][name].append(sample)
 
