@@ -37,7 +37,7 @@ from wanda_lightning.engine.prune import prune_as, removal_of
 from wanda_lightning.evaluation import Evaluation, load_tasks
 from wanda_lightning.evaluation.results import Metrics, share_error
 from wanda_lightning.evaluation.tasks import Answers, answer, flips
-from wanda_lightning.modules.agreement import Agreement
+from wanda_lightning.modules.agreement import AfterBatch, Agreement
 from wanda_lightning.modules.model_loading import check_source, model_from_config
 from wanda_lightning.planning.plan import make_plan, refuse_unprunable
 from wanda_lightning.report import Circumstances, Continuations, Measured, PruningReport
@@ -212,22 +212,10 @@ def _prune_from_disk(
     def measurement(path: str, is_dense: bool, dtype: str = "auto") -> _Measurement:
         measured = _Measurement()
         if data.evaluation:
-            loaders = source.val_dataloader()
-            if not isinstance(loaders, list):
-                loaders = [loaders]
             checkpoint = Checkpoint(ModelSource(path, **hub.hub), dtype, results.device)
             watching = agreement.storing if is_dense else agreement.comparing
             with watching(checkpoint.model) as after_batch:
-                for number, name in enumerate(logged_results(source)):
-
-                    def add(batch: Any, index: int, number: int = number) -> None:
-                        after_batch(batch, index, number)
-
-                    metric = measured_from_disk(checkpoint, loaders[number], after_batch=add)
-                    measured.metrics[name] = float(metric.compute())
-                    error = metric.standard_error()
-                    if isfinite(error):
-                        measured.metrics[f"{name}_stderr"] = error
+                measured.metrics.update(_perplexities_from_disk(checkpoint, source, after_batch))
         return measured
 
     def save(shrink: bool) -> object:
@@ -246,6 +234,24 @@ def _prune_from_disk(
     ) as report:
         pruned = measurement(output, is_dense=False)
         yield _Pruned(report, None, source, dense, pruned, agreement, save)
+
+
+def _perplexities_from_disk(
+    checkpoint: Checkpoint, source: TextDataModule, after_batch: AfterBatch
+) -> dict[str, float]:
+    """Return the perplexity on each text, with its standard error."""
+    loaders: Any = source.val_dataloader()
+    if not isinstance(loaders, list):
+        loaders = [loaders]
+    metrics = {}
+    for number, name in enumerate(logged_results(source)):
+        add = partial(after_batch, data=number)
+        metric = measured_from_disk(checkpoint, loaders[number], after_batch=add)
+        metrics[name] = float(metric.compute())
+        error = metric.standard_error()
+        if isfinite(error):
+            metrics[f"{name}_stderr"] = error
+    return metrics
 
 
 def _calibration(config: PruningConfig, module: Any, source: AnyData) -> Any:

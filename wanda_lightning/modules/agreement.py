@@ -2,11 +2,11 @@
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import ceil, sqrt
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -23,8 +23,12 @@ _LOGITS_AT_ONCE = 2**22  # that are compared, 16 MiB in float32
 _GROUPS = 10  # of samples, for the standard error of a percentile
 _PERCENTILE_OF = 100  # predictions, at least
 
-AfterBatch = Callable[[Any, int, int], None]
-"""Takes a batch that has just run, its index, and the number of its data set."""
+
+class AfterBatch(Protocol):
+    """A function to call after each batch."""
+
+    def __call__(self, batch: Any, index: int, data: int) -> None:
+        """Take a batch that has just run, its index, and the number of its data set."""
 
 
 class _Stored(NamedTuple):
