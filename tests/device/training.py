@@ -32,6 +32,7 @@ from wanda_lightning import (
     sample_windows,
 )
 from wanda_lightning.lora import merge
+from wanda_lightning.modules.agreement import Agreement
 from wanda_lightning.training.predictions import mixed_precision
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -183,6 +184,23 @@ def test_perplexity(monkeypatch, has_float64):
         for made in trainers(list)
     )
     assert cpu == other
+
+
+def test_agreement_with_the_dense_model():
+    found = []
+    for device in DEVICES:
+        agreement = Agreement()
+        model = model_of("llama").to(device).eval()
+        for watching in (agreement.storing, agreement.comparing):
+            with watching(model) as after_batch, torch.no_grad():
+                for index, batch in enumerate(on(device, batches_of("llama"))):
+                    model(**batch)
+                    after_batch(batch, index, 0)
+            if watching == agreement.storing:
+                prune(model, method="magnitude")
+        found.append(agreement.metrics())
+    assert found[0]["kl_divergence"] > 0
+    assert found[0] == found[1]
 
 
 def test_text_that_the_model_writes():
