@@ -64,6 +64,7 @@ class Cell:
     own: dict[str, str]
     published: dict[str, float]
     caption: str
+    is_zero_shot: bool  # whether the number is the mean accuracy of the tasks
 
     @property
     def path(self) -> str:
@@ -118,10 +119,20 @@ class Cell:
             "dense": run["before"],
             "pruned": run["after"],
             "ours": run["after"],
+            **(_accuracies(run) if self.is_zero_shot else {}),
             "seconds": round(time.perf_counter() - started, 1),
         }
         _write(folder / "cell.json", record)
         return record
+
+
+def _accuracies(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the mean accuracy of the zero-shot tasks as the number of a cell."""
+    return {
+        "metric": "zero-shot accuracy",
+        "dense": run["dense_zero_shot"]["mean"]["acc"],
+        "ours": run["zero_shot"]["mean"]["acc"],
+    }
 
 
 def launch(command: Sequence[str], output: TextIO) -> int:
@@ -150,6 +161,7 @@ def read_cells(
         published = {}
         caption = "Published numbers are not shown: they are about another model or other options."
 
+    is_zero_shot = family["options"].get("eval_zero_shot") == "true"
     models = family["models"]
     if model:
         folder = re.sub(r"[^\w.-]+", "_", Path(model).resolve().name)
@@ -160,7 +172,7 @@ def read_cells(
         }
         for cell, own in family["cells"].items():
             options = {"model": model_id, **family["options"], **own, **changes}
-            yield Cell(path.stem, name, cell, options, own, numbers, caption)
+            yield Cell(path.stem, name, cell, options, own, numbers, caption, is_zero_shot)
 
 
 def plan(
@@ -264,7 +276,9 @@ def table_of(family: str, cells: Sequence[Cell], rows: Sequence[Mapping[str, Any
     """Return the rows of a family as a table."""
     first = next(cell for cell in cells if cell.family == family)
     options = first.options
-    if "data_path" in options:
+    if first.is_zero_shot:
+        metric = "mean accuracy of the seven zero-shot tasks"
+    elif "data_path" in options:
         metric = f"top-1 on {options['data_path']}"
     else:
         text = options.get("eval", "wikitext2")
@@ -305,7 +319,7 @@ def write_table(path: Path, cells: Sequence[Cell], out: Path) -> None:
     ]
     for family in dict.fromkeys(cell.family for cell in cells):
         own = [cell for cell in cells if cell.family == family]
-        options = " ".join(f"--{name} {value}" for name, value in _shared(own).items())
+        options = _as_text(_shared(own))
         lines += ["", f"## {family}", ""]
         if own[0].caption:
             lines += [own[0].caption, ""]
@@ -320,10 +334,16 @@ def write_table(path: Path, cells: Sequence[Cell], out: Path) -> None:
                 with_dense.add(cell.model)
                 dense = record and {**record, "ours": record["dense"]}
                 lines.append(_line(cell, "dense", dense, ""))
-            choices = " ".join(f"--{name} {value}" for name, value in cell.own.items())
-            lines.append(_line(cell, cell.name, record, f"`{choices}`"))
+            lines.append(_line(cell, cell.name, record, f"`{_as_text(cell.own)}`"))
     with atomic_write(path) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _as_text(options: Mapping[str, str]) -> str:
+    """Return options as they are written in a shell."""
+    return " ".join(
+        f"--{name}" if value == "true" else f"--{name} {value}" for name, value in options.items()
+    )
 
 
 def _line(cell: Cell, name: str, record: Mapping[str, Any] | None, choices: str) -> str:

@@ -8,6 +8,7 @@ import yaml
 from support.cli import IGNORED_WARNINGS
 from support.recipes import RECIPES, in_this_process, script
 from support.reports import read_json
+from support.tasks import tiny_llama, tiny_tokenizer, write_tasks
 
 from wanda_lightning import cli
 from wanda_lightning.cli.options import values_of
@@ -93,6 +94,26 @@ def test_the_table_is_filled_from_finished_runs(family):
     lines = Path("table.md").read_text().splitlines()
     assert f"| tiny/1B/wanda_2to4 | 222.25 | {row['ours']:.2f} | `--sparsity_type 2:4` |" in lines
     assert "| tiny/1B/magnitude_50 |  |  | `--prune_method magnitude` |" in lines
+
+
+def test_a_family_of_zero_shot_tasks_has_their_mean_accuracy(family):
+    write_tasks(Path())
+    tiny_tokenizer().save_pretrained("model")
+    tiny_llama(0).save_pretrained("model")
+
+    def change(content):
+        content["options"] |= {"eval_zero_shot": "true", "tasks_dir": "."}
+        content["models"] = {"1B": "model"}
+        del content["source"], content["published"]
+
+    path = family(change)
+    assert run(path, "--out", "out", "--only", "magnitude_50", "--table", "table.md") == 0
+    dense, pruned = rows()
+    measured = read_json("out/tiny/1B/magnitude_50/pruning_report.json")["run"]
+    assert pruned["ours"] == measured["zero_shot"]["mean"]["acc"]
+    assert dense["ours"] == measured["dense_zero_shot"]["mean"]["acc"]
+    lines = Path("table.md").read_text().splitlines()
+    assert f"| tiny/1B/dense |  | {100 * dense['ours']:.2f} |  |" in lines
 
 
 def choices_in(cell):
