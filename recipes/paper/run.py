@@ -111,7 +111,7 @@ class Cell:
 
         report = _read(folder / REPORT_NAME)
         run = report["run"]
-        record = {
+        record: dict[str, Any] = {
             "options": self.options,
             "sparsity": report["sparsity"],
             "zero_shot": run["zero_shot"],
@@ -119,9 +119,10 @@ class Cell:
             "dense": run["before"],
             "pruned": run["after"],
             "ours": run["after"],
-            **(_accuracies(run) if self.is_zero_shot else {}),
             "seconds": round(time.perf_counter() - started, 1),
         }
+        if self.is_zero_shot:
+            record |= _accuracies(run)
         _write(folder / "cell.json", record)
         return record
 

@@ -12,8 +12,8 @@ from wanda_lightning.cli.sample_text import (
     PROMPTS,
     continuation,
     continuations,
-    count_loops,
     ends_in_a_loop,
+    measure_loops,
 )
 
 pytestmark = IGNORED_WARNINGS
@@ -35,7 +35,7 @@ def test_text_is_the_most_likely_one_however_the_model_samples(inputs, caplog):
     assert caplog.messages == []
 
 
-@pytest.mark.parametrize(("end", "expected"), [(None, (2, 2)), (7, (0, 2)), ([3, 7], (0, 2))])
+@pytest.mark.parametrize(("end", "expected"), [(None, 1), (7, 0), ([3, 7], 0)])
 def test_a_model_that_repeats_a_token_is_in_a_loop_unless_it_ends(inputs, end, expected):
     model = AutoModelForCausalLM.from_pretrained(inputs / "llama").eval()
     model.generation_config.eos_token_id = end
@@ -46,19 +46,20 @@ def test_a_model_that_repeats_a_token_is_in_a_loop_unless_it_ends(inputs, end, e
 
     model.lm_head.register_forward_hook(always_7)
     tokenizer = transformers.AutoTokenizer.from_pretrained(inputs / "llama")
-    assert count_loops(model, tokenizer, torch.ones(2, 40, dtype=torch.long)) == expected
+    measured = measure_loops(model, tokenizer, torch.ones(2, 40, dtype=torch.long))
+    assert measured == {"in_a_loop": expected, "prompts": 2}
 
 
 def test_the_configuration_of_the_model_does_not_keep_it_from_a_loop(inputs):
     model = AutoModelForCausalLM.from_pretrained(inputs / "llama").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(inputs / "llama")
     windows = torch.ones(2, 40, dtype=torch.long)
-    plain = count_loops(model, tokenizer, windows)
+    plain = measure_loops(model, tokenizer, windows)
     model.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=1)
-    assert count_loops(model, tokenizer, windows) == plain
+    assert measure_loops(model, tokenizer, windows) == plain
     del model.generation_config
     with pytest.warns(UserWarning, match="cannot continue a prompt, so loops are not counted"):
-        assert count_loops(model, tokenizer, windows) is None
+        assert measure_loops(model, tokenizer, windows) == {}
 
 
 def test_a_loop_may_have_any_length_and_must_last_until_the_end():

@@ -115,14 +115,20 @@ def written_answers(tmp_path):
     return load_tasks(["gsm8k"], tmp_path, num_fewshot=1)
 
 
-def test_answers_that_the_model_writes(written_answers, monkeypatch):
-    prompts = []
+@pytest.fixture
+def prompts(monkeypatch):
+    """The prompts that a model sees, which writes the same three answers each time."""
+    seen = []
 
     def generate_until(self, requests, **_):
-        prompts.extend(request.args[0] for request in requests)
+        seen.extend(request.args[0] for request in requests)
         return ["I do not know.", "#### 5", "It may be 1"]
 
     monkeypatch.setattr("lm_eval.models.huggingface.HFLM.generate_until", generate_until)
+    return seen
+
+
+def test_answers_that_the_model_writes(written_answers, prompts):
     results, answers = answer(tiny_llama(0), tiny_tokenizer(), written_answers, 2, None)
     assert answers == {"gsm8k": [False, True, False]}
     metrics = results["gsm8k"]
@@ -145,17 +151,10 @@ def test_a_tiny_model_writes_answers(written_answers):
     assert results["gsm8k"]["documents"] == 1
 
 
-def test_each_model_sees_the_same_examples(written_answers, monkeypatch):
-    prompts = []
-
-    def generate_until(self, requests, **_):
-        prompts.append([request.args[0] for request in requests])
-        return [""] * len(requests)
-
-    monkeypatch.setattr("lm_eval.models.huggingface.HFLM.generate_until", generate_until)
+def test_each_model_sees_the_same_examples(written_answers, prompts):
     for _ in range(3):
         answer(tiny_llama(0), tiny_tokenizer(), written_answers, 2, None)
-    assert prompts[0] == prompts[1] == prompts[2]
+    assert prompts[:3] == prompts[3:6] == prompts[6:]
 
 
 def test_examples_need_other_documents(written_answers, tmp_path):
@@ -200,14 +199,7 @@ def test_a_task_that_needs_another_package_says_so(tmp_path, monkeypatch):
         load_tasks(["ifeval"], tmp_path)
 
 
-def test_prompts_in_a_chat_template(written_answers, monkeypatch):
-    prompts = []
-
-    def generate_until(self, requests, **_):
-        prompts.extend(request.args[0] for request in requests)
-        return [""] * len(requests)
-
-    monkeypatch.setattr("lm_eval.models.huggingface.HFLM.generate_until", generate_until)
+def test_prompts_in_a_chat_template(written_answers, prompts):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
         "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"

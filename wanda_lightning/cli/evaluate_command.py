@@ -12,7 +12,7 @@ from wanda_lightning.cli.measure import logged_results, measure
 from wanda_lightning.cli.model_and_data import data_for, load
 from wanda_lightning.cli.options import File, Measurements, Models, values_of
 from wanda_lightning.cli.printing import print_line, print_table
-from wanda_lightning.cli.sample_text import count_loops
+from wanda_lightning.cli.sample_text import measure_loops
 from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import load_config, load_tokenizer
@@ -20,7 +20,6 @@ from wanda_lightning.data.images import ImageDataModule
 from wanda_lightning.data.sentences import SentenceDataModule
 from wanda_lightning.data.text import TextDataModule
 from wanda_lightning.evaluation import Evaluation, Results, load_tasks, sparsity_of
-from wanda_lightning.evaluation.results import share_error
 from wanda_lightning.evaluation.tasks import Answers, answer, flips
 from wanda_lightning.modules.agreement import Agreement
 from wanda_lightning.modules.model_loading import check_source
@@ -68,15 +67,8 @@ def _measure_each(models: Models, data: Measurements) -> dict[str, Results]:
         if models.dense and data.evaluation:
             _refuse_other_vocabularies(models)
     tasks = load_tasks(data.tasks, data.tasks_dir, models.cache_dir, data.num_fewshot)
-    for name in models.all if tasks else ():
-        tokenizer = load_tokenizer(models.source(name))
-        if tokenizer is None:
-            raise UserError("--tasks need models with a tokenizer. Save it beside the weights.")
-        if data.apply_chat_template and not tokenizer.chat_template:
-            raise UserError(
-                f"--apply_chat_template needs a chat template, but the tokenizer of {name} has none. Leave the option "
-                "out."
-            )
+    if tasks:
+        _check_tokenizers(models, data)
 
     prepared = _prepare(models, data)
     dense = _Dense()
@@ -86,6 +78,21 @@ def _measure_each(models: Models, data: Measurements) -> dict[str, Results]:
         # The module, its data and the Trainer refer to each other, so the model stays until it is collected.
         gc.collect()
     return measured
+
+
+def _check_tokenizers(models: Models, data: Measurements) -> None:
+    """Refuse models whose tokenizer is missing or lacks a chat template that was asked for."""
+    for name in models.all:
+        tokenizer = load_tokenizer(models.source(name))
+        if tokenizer is None:
+            raise UserError(
+                f"--tasks need models with a tokenizer, but {name} has none. Save it beside the weights."
+            )
+        if data.apply_chat_template and not tokenizer.chat_template:
+            raise UserError(
+                f"--apply_chat_template needs a chat template, but the tokenizer of {name} has none. Leave the option "
+                "out."
+            )
 
 
 def _refuse_other_vocabularies(models: Models) -> None:
@@ -151,7 +158,10 @@ def _measure_one(
         if isinstance(prepared.data, TextDataModule):
             # At its end, the Trainer moves the model to the CPU.
             module.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-            results |= _loops(module, prepared.data)
+            windows = prepared.data.windows_of(prepared.data.evaluations[0])
+            loops = measure_loops(module.model, module.tokenizer, windows)
+            if loops:
+                results["continuations"] = loops
     if tasks:
         accuracies, answers = answer(
             module.model,
@@ -167,17 +177,6 @@ def _measure_one(
             dense.answers = answers
         results |= accuracies
     return results
-
-
-def _loops(module: Any, data: TextDataModule) -> Results:
-    """Return the share of continuations that end in a loop."""
-    counted = count_loops(module.model, module.tokenizer, data.windows_of(data.evaluations[0]))
-    if counted is None:
-        return {}
-    loops, prompts = counted
-    share = loops / prompts
-    error = share_error("in_a_loop", share, prompts)
-    return {"continuations": {"in_a_loop": share, **error, "prompts": prompts}}
 
 
 def _results(metrics: Mapping[str, float], data: Any) -> Results:

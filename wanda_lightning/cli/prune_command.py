@@ -21,7 +21,7 @@ from wanda_lightning.cli.measure import logged_results, measure, metric_of
 from wanda_lightning.cli.model_and_data import AnyData, data_for, load
 from wanda_lightning.cli.options import PruneOptions, Results, as_command, values_of
 from wanda_lightning.cli.printing import print_line, print_table
-from wanda_lightning.cli.sample_text import PROMPTS, continuations, count_loops
+from wanda_lightning.cli.sample_text import PROMPTS, continuations, measure_loops
 from wanda_lightning.cli.saving import upload_saved, write_results
 from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.atomic_write import require_writable, resolve_path
@@ -35,7 +35,7 @@ from wanda_lightning.data.text import TextDataModule
 from wanda_lightning.data.text_sources import SELF
 from wanda_lightning.engine.prune import prune_as, removal_of
 from wanda_lightning.evaluation import Evaluation, load_tasks
-from wanda_lightning.evaluation.results import Metrics, share_error
+from wanda_lightning.evaluation.results import Metrics
 from wanda_lightning.evaluation.tasks import Answers, answer, flips
 from wanda_lightning.modules.agreement import AfterBatch, Agreement
 from wanda_lightning.modules.model_loading import check_source, model_from_config
@@ -60,11 +60,11 @@ _FEW_BYTES = 256 * _MIB  # of dense predictions, where memory is scarce
 
 @dataclass
 class _Measurement:
-    """What one model predicts, writes and answers; empty if it was not asked for."""
+    """Metrics, texts and answers of one model; empty where they were not asked for."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     texts: list[str] = field(default_factory=list)
-    loops: tuple[int, int] | None = None  # among continuations, and their number
+    loops: Metrics = field(default_factory=dict)
     accuracies: dict[str, Metrics] = field(default_factory=dict)
     answers: Answers = field(default_factory=dict)
 
@@ -91,8 +91,8 @@ def prune(config: PruningConfig, options: PruneOptions) -> None:
     if data.eval_zero_shot:
         tasks = load_tasks(["paper"], data.tasks_dir, options.model.cache_dir)
 
-    pruning = _prune_from_disk if results.stream else _prune_in_memory
-    with pruning(config, options, tasks) as done:
+    pruning = _prune_from_disk if results.stream else partial(_prune_in_memory, tasks=tasks)
+    with pruning(config, options) as done:
         report, sentence = _save(done, results)
         run = _circumstances(done, config, options, report.shrunk)
         described = {**report.config, "command": _given_values(options)}
@@ -100,29 +100,26 @@ def prune(config: PruningConfig, options: PruneOptions) -> None:
         if tasks:
             # They take hours for a large model, so everything is saved before, too.
             _answer(done.module, tasks, done.data, done.pruned)
-            answered = _with_flips(done.dense, done.pruned)
-            run = replace(run, zero_shot=answered, dense_zero_shot=done.dense.accuracies)
+            accuracies = done.pruned.accuracies
+            for name, shares in flips(done.dense.answers, done.pruned.answers).items():
+                accuracies[name] |= shares
+            run = replace(run, zero_shot=accuracies, dense_zero_shot=done.dense.accuracies)
             report, _ = write_results(replace(report, run=run), options)
 
     for line in _summary(report, run, sentence, results):
         print_line(line)
     if tasks:
         name = options.model.model
-        both = {name: done.dense.accuracies, f"{name}, pruned": answered}
+        both = {name: done.dense.accuracies, f"{name}, pruned": accuracies}
         print_table(Evaluation(both, dense=name).table())
     upload_saved(results, files)
 
 
 def _answer(module: Any, tasks: Kwargs, data: Any, measured: _Measurement) -> None:
+    """Let a model answer the tasks."""
     measured.accuracies, measured.answers = answer(
         module.model, module.tokenizer, tasks, data.batch_size
     )
-
-
-def _with_flips(dense: _Measurement, pruned: _Measurement) -> dict[str, Metrics]:
-    """Return the metrics of the pruned model, with the shares of answers that became wrong and right."""
-    changed = flips(dense.answers, pruned.answers)
-    return {name: {**values, **changed.get(name, {})} for name, values in pruned.accuracies.items()}
 
 
 @contextmanager
@@ -163,7 +160,7 @@ def _prune_in_memory(
         writes_text = results.report or results.save_model
         if writes_text and data.evaluation and isinstance(source, TextDataModule):
             windows = source.windows_of(source.evaluations[0])
-            measured.loops = count_loops(module.model, module.tokenizer, windows)
+            measured.loops = measure_loops(module.model, module.tokenizer, windows)
         if results.report and model.is_language:
             measured.texts.extend(continuations(module.model, module.tokenizer))
         return measured
@@ -186,9 +183,7 @@ def _prune_in_memory(
 
 
 @contextmanager
-def _prune_from_disk(
-    config: PruningConfig, options: PruneOptions, tasks: Kwargs
-) -> Iterator[_Pruned]:
+def _prune_from_disk(config: PruningConfig, options: PruneOptions) -> Iterator[_Pruned]:
     """Prune one block at a time. If what follows fails or is killed, the same command continues from there."""
     model, _, data, results = options
     hub = model.source(model.model)
@@ -351,17 +346,12 @@ def _loops(done: _Pruned) -> Measured | None:
     after = done.pruned.loops
     if not before or not after:
         return None
-    shares = []
-    errors = []
-    for loops, number in (before, after):
-        shares.append(loops / number)
-        errors.append(share_error("", shares[-1], number).get("_stderr"))
     return Measured(
-        data=f"{after[1]} continuations",
-        before=shares[0],
-        after=shares[1],
-        before_error=errors[0],
-        after_error=errors[1],
+        data=f"{after['prompts']} continuations",
+        before=before["in_a_loop"],
+        after=after["in_a_loop"],
+        before_error=before.get("in_a_loop_stderr"),
+        after_error=after.get("in_a_loop_stderr"),
     )
 
 

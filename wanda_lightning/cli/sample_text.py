@@ -9,6 +9,7 @@ from torch import Tensor
 
 from wanda_lightning.common.evaluation_mode import evaluating
 from wanda_lightning.common.wording import one_line
+from wanda_lightning.evaluation.results import Metrics, share_error
 
 PROMPTS = ("The capital of France is", "To make a good cup of tea, first", "def is_prime(n):")
 _NEW_TOKENS = 40
@@ -53,22 +54,24 @@ def continuation(model: Any, tokenizer: Any, prompt: str) -> str:
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 
-def count_loops(model: Any, tokenizer: Any, windows: Tensor) -> tuple[int, int] | None:
-    """Return how many continuations end in a loop, and of how many; warn, and return None, if there are none.
+def measure_loops(model: Any, tokenizer: Any, windows: Tensor) -> Metrics:
+    """Return the share of continuations that end in a loop, its standard error, and the number of prompts.
 
     The prompts are the first 32 tokens of at most 32 windows, and the continuations the 64 most likely tokens. A
-    continuation that ends by itself is no loop.
+    continuation that ends by itself is no loop. Warn, and return nothing, if the model cannot generate text.
     """
     prompts = windows[:_LOOP_PROMPTS, :_LOOP_PROMPT_TOKENS]
 
-    def count() -> tuple[int, int]:
+    def count() -> Metrics:
         ends = model.generation_config.eos_token_id
         ends = {*ends} if isinstance(ends, list) else {ends}
         rows = _most_likely(model, tokenizer, prompts, _LOOP_NEW_TOKENS)
         loops = [row for row in rows if ends.isdisjoint(row) and ends_in_a_loop(row)]
-        return len(loops), len(rows)
+        share = len(loops) / len(rows)
+        error = share_error("in_a_loop", share, len(rows))
+        return {"in_a_loop": share, **error, "prompts": len(rows)}
 
-    return _generated(model, count, None, "loops are not counted")
+    return _generated(model, count, {}, "loops are not counted")
 
 
 def ends_in_a_loop(tokens: Sequence[int]) -> bool:

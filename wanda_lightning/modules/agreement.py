@@ -1,4 +1,4 @@
-"""How near the predictions of a pruned model are to those of the dense one."""
+"""Compare the predictions of a pruned model with those of the dense one."""
 
 import warnings
 from collections import defaultdict
