@@ -134,7 +134,11 @@ def test_answers_that_the_model_writes(written_answers, prompts):
     metrics = results["gsm8k"]
     assert metrics["exact_match,strict-match"] == pytest.approx(1 / 3)
     assert metrics["exact_match,flexible-extract"] == pytest.approx(2 / 3)
+    for name in ("strict-match", "flexible-extract"):
+        # The standard error of three samples, one or two of which are right.
+        assert metrics[f"exact_match,{name}_stderr"] == pytest.approx(1 / 3)
     assert metrics["documents"] == 3
+    assert len(metrics) == 5
     for prompt, document in zip(prompts, GSM8K, strict=True):
         assert prompt.count("Question:") == 2
         assert prompt.endswith(f"Question: {document['question']}\nAnswer:")

@@ -156,8 +156,9 @@ def _cell(metric: str, values: Metrics, dense: float | None) -> str:
     scale = 100 if is_share else 1
     unit = "%" if is_share else ""
     cell = f"{scale * value:.2f}{unit}"
-    if metric + _ERROR in values:
-        cell += f" ± {scale * values[metric + _ERROR]:.2f}"
+    error = values.get(metric + _ERROR)
+    if error:
+        cell += f" ± {scale * error:.2f}"
     if dense is not None:
         cell += f" ({scale * (value - dense):+.2f})"
     return cell

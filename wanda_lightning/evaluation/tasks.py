@@ -324,9 +324,14 @@ def answer(
         for key, value in {**measured["results"], **measured.get("groups", {})}.get(
             name, {}
         ).items():
-            # A metric is METRIC,FILTER; where it has no standard error, lm-eval has the text N/A.
-            if "," in key and not isinstance(value, str):
-                values[key.removesuffix(",none")] = float(value)
+            # METRIC,FILTER or METRIC_stderr,FILTER; where there is no standard error, lm-eval has the text N/A.
+            metric, comma, filtered = key.partition(",")
+            if not comma or isinstance(value, str):
+                continue
+            suffix = "" if filtered == "none" else f",{filtered}"
+            if metric.endswith("_stderr"):
+                suffix += "_stderr"
+            values[metric.removesuffix("_stderr") + suffix] = float(value)
         if values:  # not for a group that only lists tasks
             results[name] = {**values, "documents": counts[name]}
     if len(single) > 1 and not groups and all("acc" in values for values in results.values()):
