@@ -49,7 +49,11 @@ def test_every_extra_that_a_message_or_a_page_names_exists():
 
 
 def test_an_extra_installs_what_its_message_names():
-    names = {"sklearn": "scikit-learn", "lm_eval": "lm-eval"}
+    names = {
+        "sklearn": "scikit-learn",
+        "lm_eval": "lm-eval",
+        "compressed_tensors": "compressed-tensors",
+    }
     names["sentence_transformers"] = "sentence-transformers"
     for file in (ROOT / "wanda_lightning").rglob("*.py"):
         calls = re.findall(r'require_extra\(\s*"(\w+)",(.*?)purpose=', text_of(file), re.DOTALL)

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.disk import (
     CHOICES,
     add_predictions,
@@ -17,9 +17,11 @@ from support.disk import (
     stream,
     weights,
 )
+from support.experts import build
+from support.layers import rng
 from support.pairwise import with_nightly
 from support.quiet import prune
-from support.refusals import refuses
+from support.refusals import alike, refuses
 from support.reports import read_json
 from support.zoo import causal, names, other
 from transformers import (
@@ -172,6 +174,47 @@ def test_what_may_not_fit_fewer_experts_is_left_out(tmp_path, caplog, sequential
     assert note in report.notes[-1]
     assert "num_nextn_predict_layers is now 0" in report.notes[-1]
     assert note in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("family", "prefix"), [("qwen3_next", "mtp.layers.0"), ("deepseek_v3", "model.layers.9")]
+)
+def test_a_layer_that_is_not_loaded_loses_as_many_experts(tmp_path, family, prefix):
+    source = tmp_path / "source"
+    model = build(family, 8) if family == "deepseek_v3" else causal(family).build()
+    model.config.num_nextn_predict_layers = 1
+    model.save_pretrained(source)
+    stored = weights(source)
+    last = max(key.split(".mlp.")[0] for key in stored if ".mlp.experts." in key)
+    layer = {
+        key.replace(last, prefix): tensor.clone()
+        for key, tensor in stored.items()
+        if key.startswith(f"{last}.")
+    }
+    generator = rng(1)
+    router = f"{prefix}.mlp.gate.weight"
+    layer[router] = torch.randn(layer[router].shape, generator=generator)
+    save_file(stored | layer, source / "model.safetensors", metadata={"format": "pt"})
+
+    report = stream(source, tmp_path / "disk", causal(family).batches(), 0.5, pattern="experts")
+    number = len(layer[router])
+    sizes = layer[router].norm(dim=1).tolist()
+    groups = model.config.n_group if family == "deepseek_v3" else 1
+    kept = []
+    for group in range(groups):
+        members = range(group * number // groups, (group + 1) * number // groups)
+        kept += sorted(members, key=lambda expert: -sizes[expert])[: len(members) // 2]
+    kept.sort()
+
+    after = {key: value for key, value in weights(tmp_path / "disk").items() if prefix in key}
+    assert alike(after[router], layer[router][kept])
+    for place, expert in enumerate(kept):
+        name = f"{prefix}.mlp.experts.{{}}.up_proj.weight"
+        assert alike(after[name.format(place)], layer[name.format(expert)])
+    assert sum(".experts." in key for key in after) * 2 == sum(".experts." in key for key in layer)
+    assert all(alike(after[key], layer[key]) for key in layer if ".mlp." not in key)
+    assert read_json(tmp_path / "disk/config.json")["num_nextn_predict_layers"] == 1
+    assert f"with the {len(kept)} experts of {prefix}.mlp whose rows" in report.notes[-1]
 
 
 def routed(model, batch, end=None):

@@ -26,7 +26,7 @@ from wanda_lightning.cli.saving import upload_saved, write_results
 from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.atomic_write import require_writable, resolve_path
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.model_source import ModelSource
+from wanda_lightning.common.model_source import ModelSource, load_config
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.data.images import ImageDataModule
 from wanda_lightning.data.own_text import sample_windows
@@ -53,6 +53,7 @@ from wanda_lightning.streaming.checkpoint import Checkpoint
 from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_whole_model
 from wanda_lightning.streaming.measure_perplexity import measured_from_disk
 from wanda_lightning.streaming.output_folder import PROGRESS_NAME, require_resumable
+from wanda_lightning.streaming.quantized_checkpoint import refuse_changed_weights, settings_of
 
 _MIB = 2**20
 _FEW_BYTES = 256 * _MIB  # of dense predictions, where memory is scarce
@@ -196,6 +197,8 @@ def _prune_from_disk(config: PruningConfig, options: PruneOptions) -> Iterator[_
     if results.save is not None and not continues:
         require_writable(results.save, results.overwrite, "folder")
     check_source(hub)
+    if not config.pattern.changes_shapes:
+        refuse_changed_weights(settings_of(load_config(hub), model.model), model.model)
     if config.pattern.changes_shapes:  # before the model is measured
         plan = make_plan(config, model_from_config(hub), by_block=True)
         removal_of(config.pattern).check(config, plan.model, plan.inventory)

@@ -25,9 +25,10 @@ from wanda_lightning.models import (
     Stop,
     number_of_parameters,
 )
+from wanda_lightning.models.layers import named_modules
 from wanda_lightning.planning.plan import Plan
 from wanda_lightning.planning.removal import Removal
-from wanda_lightning.planning.run import Run
+from wanda_lightning.planning.run import KeptEntries, Run
 from wanda_lightning.report import PrunedLayer, PruningReport
 from wanda_lightning.units.candidates import replace_attributes
 from wanda_lightning.units.fit_configuration import fit_configuration
@@ -95,8 +96,13 @@ class RemoveExperts(Removal):
             refuse_if_it_differs(
                 run.plan.config, mixture, self._saliency, keep[mixture.name], processes
             )
+        names = {module: name for name, module in named_modules(run.plan.model).items()}
         for mixture in mixtures:
             self._record(run, mixture, keep[mixture.name])
+            indices = keep[mixture.name].nonzero().flatten().tolist()
+            for slot in mixture.slots:
+                name = f"{names[slot.module]}.{slot.name}"
+                run.done.kept[name] = KeptEntries(slot.dim, indices)
             assert run.buffers is not None
             with run.buffers.changing(slot.module for slot in mixture.slots):
                 mixture.take(keep[mixture.name])

@@ -80,7 +80,7 @@ def load_causal_lm(source: ModelSource, dtype: str) -> Any:
     unused = set(loaded["unexpected_keys"])
     fate = ", which `save_pretrained` leaves out"
     if not is_gguf:
-        fate += " (`prune_from_disk` and `prune --stream` copy them, except with pattern='experts')"
+        fate += " (`prune_from_disk` and `prune --stream` copy them)"
         if getattr(model.config, "quantization_config", None) is None:
             files = sorted(source.loaded_folder().glob("*.safetensors"))
             check_stored_as_float(name, files, model)

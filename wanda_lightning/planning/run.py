@@ -38,6 +38,14 @@ class Clock(dict[str, float]):
                 self[stage] = self.get(stage, 0.0) + time.perf_counter() - started
 
 
+@dataclass(frozen=True)
+class KeptEntries:
+    """Which entries of a tensor are kept along the dimension that has one for each expert."""
+
+    dim: int
+    indices: list[int]
+
+
 @dataclass
 class Done:
     """The records of the layers so far, by name. An error message uses them, too, so they are added at each write."""
@@ -48,6 +56,8 @@ class Done:
     few_tokens: dict[str, int] = field(default_factory=dict)
     # Hidden units that are zero, by the layer that reads them.
     zero_units: dict[str, int] = field(default_factory=dict)
+    # What is left of the tensors that have lost experts.
+    kept: dict[str, KeptEntries] = field(default_factory=dict)
     # Stops that the model called after they were pruned.
     passed: Passed = field(default_factory=Passed)
 

@@ -5,7 +5,6 @@ that everything else (configuration, dtypes, buffers, tied weights) stays its ow
 """
 
 import ctypes
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -33,7 +32,7 @@ from wanda_lightning.calibration.interception import weights_moved
 from wanda_lightning.common.dtypes import dtype_name
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_config, reading
-from wanda_lightning.common.wording import one_line, quantity
+from wanda_lightning.common.wording import one_line
 from wanda_lightning.core.placeholders import placeholder
 from wanda_lightning.models import Stop, find_layers, repeated_parameters
 from wanda_lightning.modules.model_loading import (
@@ -43,20 +42,27 @@ from wanda_lightning.modules.model_loading import (
     require_safetensors,
     warn_of_unused,
 )
+from wanda_lightning.planning.run import KeptEntries
+from wanda_lightning.streaming.quantized_checkpoint import (
+    Spread,
+    check_scales,
+    kept_tensor,
+    settings_of,
+    uneven_scales,
+)
 
 Keys = Mapping[Path, Sequence[str]]  # by file: names of tensors as they are stored
 RESIDENT = ""
 """The part of a model that lies outside of all blocks, and is always in memory. The other parts are the blocks."""
-# Settings for multi-token prediction: num_nextn_predict_layers, num_mtp_layers, num_mtp_modules, mtp_num_hidden_layers.
-_PREDICTIONS = re.compile(r"\w*(nextn|mtp)\w*_(layers|modules)")
 
 
 class Checkpoint:
     """A language model in safetensors whose blocks are loaded one at a time.
 
-    The model is complete except for the weights of its blocks, which are placeholders until they are loaded. Damaged
-    files, quantized weights, weights that two parts share, and blocks without weights are refused before any block is
-    loaded. A single weight of a block that is missing or not finite is refused when the block is loaded.
+    The model is complete except for the weights of its blocks, which are placeholders until they are loaded. Quantized
+    weights are dequantized when they are loaded. Damaged files, weights that two parts share, and blocks without
+    weights are refused before any block is loaded. A single weight of a block that is missing or not finite is refused
+    when the block is loaded.
     """
 
     def __init__(
@@ -69,9 +75,22 @@ class Checkpoint:
         # Names of tensors that transformers leaves in a file.
         self.not_loaded: dict[Path, list[str]] = {}
         self._keys: dict[str, dict[Path, list[str]]] = {}  # by part
+        # The parameter into which each stored tensor is loaded, or beside which it is stored.
+        self._parameters: dict[str, str] = {}
+        self._companions: dict[str, dict[Path, list[str]]] = {}  # as `_keys`, but not loaded
+        self._spreads: dict[str, Spread] = {}  # by key of scales
         self._conversions: dict[str, Any] = {}  # by part
         config = self._read_config(source)
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        arguments = source.locate()
+        # How the weights are quantized; None if they are not.
+        self.quantization = settings_of(config, self._name)
+        self.copies = self.quantization is not None and dtype == "auto"
+        if self.quantization:
+            config.quantization_config = {**self.quantization, "dequantize": True}
+            arguments["config"] = config
+            if dtype == "auto":
+                dtype = config.dtype or "bfloat16"
 
         load = staticmethod(self._load_resident)
         with (
@@ -80,7 +99,7 @@ class Checkpoint:
             patch.object(PreTrainedModel, "_load_pretrained_model", load),
         ):
             self.model, loaded = auto_class.from_pretrained(
-                **source.locate(), dtype=dtype, use_safetensors=True, output_loading_info=True
+                **arguments, dtype=dtype, use_safetensors=True, output_loading_info=True
             )
 
         # Transformers computes some buffers on the CPU instead of loading them.
@@ -100,11 +119,6 @@ class Checkpoint:
         config = load_config(source)
         if source.path.is_dir():
             require_safetensors(source.path)
-        if getattr(config, "quantization_config", None) is not None:
-            raise UserError(
-                f"The model {self._name!r} is quantized. Save it in float32, bfloat16 or float16, and prune that "
-                "model."
-            )
         return config
 
     def _check(self, loaded: Mapping[str, Any]) -> None:
@@ -115,7 +129,8 @@ class Checkpoint:
         missing.update(loaded["missing_keys"])
         check_complete(self._name, missing, loaded["mismatched_keys"])
         warn_of_unused(self._name, loaded["unexpected_keys"])
-        check_stored_as_float(self._name, self.files, self.model)
+        if not self.quantization:
+            check_stored_as_float(self._name, self.files, self.model)
 
         for name, first_name in repeated_parameters(self.model):
             if self.part_of(name) != self.part_of(first_name):
@@ -158,10 +173,16 @@ class Checkpoint:
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
         expected = self.model.state_dict()
         unexpected = set[str]()
+        dtypes = {}
+        shapes = {}
 
         for path in self.files:
             with safe_open(path, framework="pt") as file:
                 keys = list(file.keys())
+                for key in keys:
+                    stored = file.get_slice(key)
+                    dtypes[key] = stored.get_dtype()
+                    shapes[key] = stored.get_shape()
             for key in keys:
                 name, _ = rename_source_key(
                     key, renamings, converters, self.model.base_model_prefix, expected
@@ -173,10 +194,34 @@ class Checkpoint:
                 if name in expected:
                     keys_by_file = self._keys.setdefault(self.part_of(name), {})
                     keys_by_file.setdefault(path, []).append(key)
+                    self._parameters[key] = name
                 else:
                     self.not_loaded.setdefault(path, []).append(key)
                     unexpected.add(name)
+        if self.quantization:
+            check_scales(self._name, dtypes, self._parameters)
+            self._spreads = uneven_scales(self.quantization, shapes)
+            unexpected -= self._find_companions()
         return unexpected
+
+    def _find_companions(self) -> set[str]:
+        """Move tensors that lie in blocks, such as scales of activations, from those that are not loaded; return them.
+
+        Transformers does not read them, but a server does.
+        """
+        owners = {key.rpartition(".")[0]: name for key, name in self._parameters.items()}
+        moved = set[str]()
+        for path, keys in self.not_loaded.items():
+            for key in keys:
+                owner = owners.get(key.rpartition(".")[0], key)
+                part = self.part_of(owner)
+                if part != RESIDENT:
+                    self._parameters[key] = owner
+                    self._companions.setdefault(part, {}).setdefault(path, []).append(key)
+                    moved.add(key)
+            keys[:] = [key for key in keys if key not in moved]
+        self.not_loaded = {path: keys for path, keys in self.not_loaded.items() if keys}
+        return moved
 
     def part_of(self, name: str) -> str:
         """Return the block that a parameter or module is or lies in, or `RESIDENT`."""
@@ -195,8 +240,12 @@ class Checkpoint:
         """Load a block or `RESIDENT` from the checkpoint, or from other files in the same format."""
         if source is None:
             source = self._keys.get(part, {})
-            self._refuse_changed(source)
-        slices = {key: _TensorInFile(path, key) for path, keys in source.items() for key in keys}
+            self.refuse_changed(source)
+        slices = {
+            key: _TensorInFile(path, key, self._spreads.get(key))
+            for path, keys in source.items()
+            for key in keys
+        }
         with _quiet():
             # None: nothing is offloaded; before transformers 5.10, no plan of tensor parallelism.
             loaded, _ = convert_and_load_state_dict_in_model(
@@ -215,43 +264,14 @@ class Checkpoint:
         check_finite(parameters.items(), self._name)
         return loaded
 
-    def _refuse_changed(self, paths: Iterable[Path]) -> None:
+    def refuse_changed(self, paths: Iterable[Path]) -> None:
+        """Raise an OSError if a file has changed since the checkpoint was opened."""
         for path in paths:
             if _stamp(path) != self.files[path]:
                 raise OSError(
                     f"{path} must not change while the model is pruned, but it was written meanwhile. "
                     "Start again with the model that you want."
                 )
-
-    def read_not_loaded(self, path: Path) -> dict[str, Tensor]:
-        """Return the tensors of a file that transformers does not load, as they are stored."""
-        self._refuse_changed([path])
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in self.not_loaded[path]}
-
-    def note_on_not_loaded(self, fate: str) -> str:
-        """Say what happens to the tensors that transformers does not load; empty if there are none."""
-        names = list(chain(*self.not_loaded.values()))
-        if not names:
-            return ""
-        return f"transformers does not load {quantity(len(names), 'stored tensor')}, {min(names)} first: {fate}"
-
-    def leave_out(self) -> str:
-        """Set the numbers of multi-token prediction layers to 0; return a note, empty if there are no such tensors.
-
-        transformers does not load their tensors, which may not fit the changed configuration any more.
-        """
-        if not self.not_loaded:
-            return ""
-        changed: dict[str, None] = {}  # names of settings, each once
-        for config in (self.model.config, self.model.config.get_text_config()):
-            for name, value in list(vars(config).items()):
-                if _PREDICTIONS.fullmatch(name) and type(value) is int and value > 0:
-                    setattr(config, name, 0)
-                    changed[name] = None
-        fate = "left out, since they may not fit the smaller model"
-        fate += "".join(f"; {name} is now 0" for name in changed)
-        return self.note_on_not_loaded(fate)
 
     def unload(self, part: str) -> None:
         """Free the weights of a block."""
@@ -272,6 +292,9 @@ class Checkpoint:
         """Return a loaded part on the CPU, under the names and in the layout of the checkpoint."""
         # The steps of `save_pretrained`, for some of the tensors.
         model = self.model
+        if self.quantization:
+            # Only the conversions of the family: those of the quantizer would quantize again.
+            self._conversions[part] = None
         ignored = model._keys_to_ignore_on_save or ()
         tensors = {
             name: tensor
@@ -283,8 +306,22 @@ class Checkpoint:
         reverted = revert_weight_conversion(model, tensors)
         return {name: tensor.cpu().contiguous() for name, tensor in reverted.items()}
 
+    def copied(self, part: str, kept: Mapping[str, KeptEntries]) -> dict[str, Tensor]:
+        """Return the tensors of a part as they are stored, without the experts that are not kept."""
+        tensors: dict[str, Tensor] = {}
+        stored = (self._keys.get(part, {}), self._companions.get(part, {}))
+        for path, keys in chain.from_iterable(keys.items() for keys in stored):
+            self.refuse_changed([path])
+            with safe_open(path, framework="pt") as file:
+                for key in keys:
+                    tensor = file.get_tensor(key)
+                    tensors.update(kept_tensor(key, tensor, self._parameters[key], kept))
+        return tensors
+
     def save_configuration(self, folder: Path) -> None:
         """Write all files of the model except the weights."""
+        if self.copies:
+            self.model.config.quantization_config = self.quantization
         with _quiet():
             self.model.save_pretrained(folder, state_dict={})
 
@@ -390,10 +427,17 @@ class _TensorInFile:
 
     path: Path
     key: str
+    spread: Spread | None = None
+
+    def get_dtype(self) -> str:
+        """Return the data type, by which transformers decides how to load a tensor."""
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_slice(self.key).get_dtype()
 
     def __getitem__(self, index: Any) -> Tensor:
         with safe_open(self.path, framework="pt") as file:
-            return file.get_slice(self.key)[index].clone()
+            tensor = file.get_slice(self.key)[index].clone()
+        return self.spread(tensor) if self.spread else tensor
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -17,10 +17,19 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
 from wanda_lightning.engine.prune import prune_as
+from wanda_lightning.experts.mixture_checks import find_mixtures
 from wanda_lightning.planning.plan import make_plan
 from wanda_lightning.report import PruningReport
 from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint
+from wanda_lightning.streaming.not_loaded import (
+    Entries,
+    largest_routers,
+    leave_out,
+    note_on_copied,
+    read_not_loaded,
+)
 from wanda_lightning.streaming.output_folder import OutputFolder, fingerprint
+from wanda_lightning.streaming.quantized_checkpoint import refuse_changed_weights
 from wanda_lightning.streaming.streamed_weights import StreamedWeights
 
 log = logging.getLogger(__name__)
@@ -52,7 +61,11 @@ def prune_from_disk(
     with the same arguments (`forward` is not compared); until it has finished, the output is not a model.
 
     Tensors that transformers does not load, such as layers for multi-token prediction, are copied as stored. With
-    `pattern="experts"` they are left out, since they may not fit fewer experts. A note in the report says so.
+    `pattern="experts"`, such a layer keeps as many experts as the others, those with the largest rows in its router; if
+    it has no such router, all these tensors are left out. A note in the report says so.
+
+    With `pattern="experts"`, the weights may be quantized as FP8 in blocks, MXFP4 or compressed-tensors. Each block is
+    dequantized when it is read, and what is kept is copied byte for byte. With a `dtype`, the output is not quantized.
 
     Args:
         source: Hub id or local folder.
@@ -108,12 +121,18 @@ def pruned_from_disk(
         raise UserError(f"tokenizer must be one of transformers, but it is {shown(tokenizer)}.")
     batches = list(batches)
     checkpoint = Checkpoint(source, dtype, device)
+    if not config.pattern.changes_shapes:
+        refuse_changed_weights(checkpoint.quantization, str(source))
     plan = make_plan(config, checkpoint.model, by_block=True)
 
-    # Such as layers for multi-token prediction, which may not fit a model with other shapes.
+    # Choose what is left of layers for multi-token prediction, which no batch reaches.
+    entries: Entries | None = {}
     changes_shapes = config.pattern.changes_shapes
+    if changes_shapes:
+        mixture = find_mixtures(config, checkpoint.model, plan.inventory)[0]
+        entries = largest_routers(checkpoint, config, mixture)
     copied = {}
-    if not changes_shapes:
+    if entries is not None:
         copied = {f"copied from {path.name}": path for path in checkpoint.not_loaded}
 
     parts = [RESIDENT, *checkpoint.blocks, *copied]
@@ -129,11 +148,9 @@ def pruned_from_disk(
             )
     for part, path in copied.items():
         if part not in folder.written:
-            folder.save(part, checkpoint.read_not_loaded(path))
+            folder.save(part, read_not_loaded(checkpoint, path, entries or {}))
 
-    note = checkpoint.note_on_not_loaded("copied as stored")
-    if changes_shapes:
-        note = checkpoint.leave_out()
+    note = leave_out(checkpoint) if entries is None else note_on_copied(checkpoint, entries)
     if finished_report:
         report = PruningReport.from_json(finished_report)
     elif note:

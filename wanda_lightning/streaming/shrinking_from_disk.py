@@ -15,7 +15,9 @@ from wanda_lightning.common.aliases import StrPath
 from wanda_lightning.common.atomic_write import atomic_folder
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
 from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint
+from wanda_lightning.streaming.not_loaded import leave_out
 from wanda_lightning.streaming.output_folder import Shards
+from wanda_lightning.streaming.quantized_checkpoint import refuse_changed_weights
 from wanda_lightning.units.fit_configuration import fit_configuration, refuse_unloadable
 from wanda_lightning.units.shrink import Shrunk, example_batch, shrink
 
@@ -57,11 +59,12 @@ def shrink_from_disk(
     where = ModelSource(os.fspath(source), revision or "main", cache_dir, trust_remote_code)
     with atomic_folder(output, overwrite) as folder:
         checkpoint = Checkpoint(where, dtype)
+        refuse_changed_weights(checkpoint.quantization, str(where))
         shards = Shards(folder, [RESIDENT, *checkpoint.blocks])
         result = _shrink_parts(checkpoint, shards)
         result.refuse_if_unchanged()
         result.misfit, _ = fit_configuration(checkpoint.model)
-        result.note = checkpoint.leave_out()
+        result.note = leave_out(checkpoint)
         if result.note:
             log.warning(result.note)
         refuse_unloadable(checkpoint.model)

@@ -186,7 +186,11 @@ class StreamedWeights(WeightStore):
             zero_units=of_part(done.zero_units),
             zeros=sum(int((weight == 0).count_nonzero()) for weight in weights),
         )
-        self._output.save(part, self._checkpoint.as_stored(part), record)
+        if self._checkpoint.copies:
+            tensors = self._checkpoint.copied(part, done.kept)
+        else:
+            tensors = self._checkpoint.as_stored(part)
+        self._output.save(part, tensors, record)
 
     def _restore_written(self, run: Run, restore: Restore) -> None:
         """Copy what an earlier run did to the blocks that it has written into the run, and give these their shapes."""

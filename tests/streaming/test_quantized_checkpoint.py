@@ -1,0 +1,273 @@
+"""Experts are taken out of quantized checkpoints; what stays is copied."""
+
+from functools import partial
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+from support.disk import batches, contents, interrupted, same, stream, weights
+from support.quantized import BLOCK, compressed, fp8, mxfp4, rewrite
+from support.quiet import prune
+from support.refusals import alike
+from support.reports import read_json
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from wanda_lightning import perplexity_from_disk, shrink_from_disk
+from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.model_source import ModelSource
+from wanda_lightning.streaming.checkpoint import Checkpoint
+
+pytestmark = pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24),
+    reason="older transformers do not dequantize all formats",
+)
+
+FORMATS = {
+    "fp8": fp8,
+    "fp8, DeepSeek": partial(fp8, name="deepseek_v3"),
+    "fp8, scales are powers of two": partial(fp8, name="deepseek_v3", scale_fmt="ue8m0"),
+    "mxfp4": mxfp4,
+    "int4": partial(compressed, kind="pack-quantized"),
+    "fp8 of compressed-tensors": partial(compressed, kind="float-quantized"),
+}
+DROP = {"pattern": "experts"}
+SPARSITY = 0.25  # two of eight experts
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def source(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantized") / "model"
+    FORMATS[request.param](folder)
+    return folder
+
+
+@pytest.fixture
+def fp8_folder(tmp_path):
+    fp8(tmp_path / "source")
+    return tmp_path / "source"
+
+
+def dequantized(folder):
+    """A model as transformers loads it, dequantized."""
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config["dequantize"] = True
+    return AutoModelForCausalLM.from_pretrained(folder, config=config)
+
+
+def in_memory(folder):
+    """A model with all blocks, as they are read for calibration."""
+    checkpoint = Checkpoint(ModelSource(folder))
+    for block in checkpoint.blocks:
+        checkpoint.load(block)
+    return checkpoint.model
+
+
+def small(folder, output, **choices):
+    return stream(folder, output, batches(), SPARSITY, **DROP, **choices)
+
+
+@torch.no_grad()
+def logits(model):
+    return model(**batches(7)[0]).logits
+
+
+def refusal(folder, tmp_path):
+    """The message with which a folder is refused; nothing is written."""
+    with pytest.raises((UserError, OSError)) as caught:
+        small(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    return str(caught.value)
+
+
+def test_blocks_are_dequantized_as_transformers_does(source):
+    assert same(in_memory(source).state_dict(), dequantized(source).state_dict())
+
+
+def test_blocks_that_do_not_divide_a_weight(tmp_path):
+    fp8(tmp_path, "deepseek_v3", kv_lora_rank=12)
+    stored = weights(tmp_path)
+    key = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
+    weight = stored[key].float()
+    assert weight.shape[0] % BLOCK
+    for row in range(weight.shape[0]):
+        for column in range(weight.shape[1]):
+            weight[row, column] *= stored[f"{key}_scale_inv"][row // BLOCK, column // BLOCK]
+
+    assert alike(in_memory(tmp_path).get_parameter(key), weight.bfloat16())
+
+
+def test_the_result_is_that_of_memory(source, tmp_path):
+    """The smaller model, as the library loads it, computes what the dequantized one does without these experts."""
+    model = in_memory(source)
+    report = small(source, tmp_path / "out")
+    expected = prune(model, batches(), SPARSITY, **DROP)
+
+    smaller = in_memory(tmp_path / "out")
+    assert same(smaller.state_dict(), model.state_dict())
+    assert alike(logits(smaller), logits(model))
+    assert report.layers == expected.layers
+
+
+def test_the_libraries_load_the_result(source, tmp_path):
+    small(source, tmp_path / "out")
+    model = dequantized(source)
+    prune(model, batches(), SPARSITY, **DROP)
+    assert alike(logits(dequantized(tmp_path / "out")), logits(model))
+
+
+def test_kept_tensors_are_copied_byte_for_byte(source, tmp_path):
+    report = small(source, tmp_path / "out")
+    dropped = {(layer.block, layer.name) for layer in report.layers if layer.note}
+    assert dropped
+    before = weights(source)
+    after = weights(tmp_path / "out")
+    kept = kept_experts(report)
+    for key, tensor in after.items():
+        original = before.get(key)
+        if original is not None and original.shape == tensor.shape and ".experts." not in key:
+            assert alike(octets(tensor), octets(original)), key
+            continue
+        block, name = key.split(".mlp.")
+        numbers = kept[block]
+        parts = name.split(".")
+        if parts[1].isdigit():
+            parts[1] = str(numbers[int(parts[1])])
+            original = before[f"{block}.mlp.{'.'.join(parts)}"]
+        else:
+            original = torch.stack([before[key][number] for number in numbers])
+        assert alike(octets(tensor), octets(original)), key
+    separate = sum(".experts." in key for key in before) * (1 - SPARSITY)
+    if "_blocks" not in str(before.keys()):
+        assert sum(".experts." in key for key in after) == separate
+
+
+def kept_experts(report):
+    """The numbers of the experts that stay, by block."""
+    kept = {}
+    for layer in report.layers:
+        if not layer.note:
+            numbers = kept.setdefault(layer.block, [])
+            number = int(layer.name.rpartition(".")[2])
+            if number not in numbers:
+                numbers.append(number)
+    return {block: sorted(numbers) for block, numbers in kept.items()}
+
+
+def octets(tensor):
+    return tensor.contiguous().flatten().view(torch.uint8)
+
+
+def test_only_the_number_of_experts_changes_in_the_configuration(source, tmp_path):
+    small(source, tmp_path / "out")
+    before = read_json(source / "config.json")
+    after = read_json(tmp_path / "out" / "config.json")
+    changed = {key for key in before if before[key] != after.get(key)}
+    assert changed - {"transformers_version", "use_cache"} in (
+        {"num_experts"},
+        {"n_routed_experts"},
+        {"num_local_experts"},
+    )
+    assert after["quantization_config"] == before["quantization_config"]
+
+
+def test_an_interrupted_run_continues_to_the_same_bytes(source, tmp_path, monkeypatch):
+    small(source, tmp_path / "whole")
+    interrupted(source, tmp_path / "out", monkeypatch, "model.layers.1", sparsity=SPARSITY, **DROP)
+    small(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_dtype_writes_a_dequantized_model(source, tmp_path):
+    small(source, tmp_path / "quantized")
+    small(source, tmp_path / "dense", dtype="bfloat16")
+    config = read_json(tmp_path / "dense" / "config.json")
+    assert "quantization_config" not in config
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert same(model.state_dict(), in_memory(tmp_path / "quantized").state_dict())
+
+
+def test_perplexity_of_both(source, tmp_path):
+    small(source, tmp_path / "out")
+    dense = perplexity_from_disk(source, batches(7), progress=False)
+    assert perplexity_from_disk(tmp_path / "out", batches(7), progress=False) != dense
+
+
+def test_tensors_that_only_servers_read_stay_with_their_expert(fp8_folder, tmp_path):
+    stored = weights(fp8_folder)
+    stems = [key.removesuffix(".weight") for key in stored if key.endswith("gate_proj.weight")]
+    scales = {f"{stem}.input_scale": torch.tensor(float(i)) for i, stem in enumerate(stems)}
+    rewrite(fp8_folder, stored | scales)
+    report = small(fp8_folder, tmp_path / "out")
+    after = weights(tmp_path / "out")
+    for block, numbers in kept_experts(report).items():
+        for place, number in enumerate(numbers):
+            name = f"{block}.mlp.experts.{{}}.gate_proj.input_scale"
+            assert after[name.format(place)] == scales[name.format(number)]
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "structured"])
+def test_zeros_are_refused(fp8_folder, tmp_path, pattern):
+    with pytest.raises(UserError, match="have to be quantized again"):
+        stream(fp8_folder, tmp_path / "out", batches(), 0.5, pattern=pattern)
+    assert not (tmp_path / "out").exists()
+
+
+def test_units_are_refused(fp8_folder, tmp_path):
+    with pytest.raises(UserError, match="would have to be quantized again"):
+        shrink_from_disk(fp8_folder, tmp_path / "out")
+
+
+def test_another_format_is_refused(fp8_folder, tmp_path):
+    rewrite(fp8_folder, weights(fp8_folder), {"quant_method": "gptq", "bits": 4})
+    message = refusal(fp8_folder, tmp_path)
+    assert "quantized as 'gptq', but only fp8, mxfp4, compressed-tensors are read" in message
+
+
+SCALE = "model.layers.1.mlp.experts.3.up_proj.weight_scale_inv"
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        (SCALE, f"stores {SCALE.removesuffix('_scale_inv')} as F8_E4M3, but no scales"),
+        (SCALE.removesuffix("_scale_inv"), f"stores the scales {SCALE} without their weight"),
+    ],
+)
+def test_a_weight_or_its_scales_alone_are_refused(fp8_folder, tmp_path, missing, message):
+    stored = weights(fp8_folder)
+    del stored[missing]
+    rewrite(fp8_folder, stored)
+    assert message in refusal(fp8_folder, tmp_path)
+
+
+def test_a_file_of_the_index_that_is_missing_is_named(fp8_folder, tmp_path):
+    file = sorted(fp8_folder.glob("*.safetensors"))[1]
+    file.unlink()
+    assert file.name in refusal(fp8_folder, tmp_path)
+
+
+def test_more_experts_than_routing_allows(fp8_folder, tmp_path):
+    with pytest.raises(UserError, match="a token may need more experts"):
+        stream(fp8_folder, tmp_path / "out", batches(), 7 / 8, **DROP)
+
+
+def test_a_disk_that_is_full_leaves_nothing_that_loads(fp8_folder, tmp_path, monkeypatch):
+    written = []
+
+    def fill(tensors, path, **options):
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        save_file(tensors, path, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("wanda_lightning.streaming.output_folder.save_file", fill)
+        with pytest.raises(OSError, match="No space left"):
+            small(fp8_folder, tmp_path / "out")
+    with pytest.raises((OSError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+    small(fp8_folder, tmp_path / "out")
+    small(fp8_folder, tmp_path / "another")
+    assert contents(tmp_path / "out") == contents(tmp_path / "another")

@@ -1,0 +1,165 @@
+"""Quantized checkpoints: the formats that are read, and the bytes of what is kept.
+
+Transformers dequantizes each weight while it loads a block. Experts that stay do not change, so nothing is quantized
+again: the stored tensors of a pruned model are copied from the source.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from wanda_lightning.common.checks import require_extra
+from wanda_lightning.common.errors import MissingPackageError, UserError
+from wanda_lightning.planning.run import KeptEntries
+
+_METHODS = ("fp8", "mxfp4", "compressed-tensors")  # by `quant_method`
+_VERSION = (5, 24)  # of transformers: the first that dequantizes all of them while it loads
+# How names end: of quantized values, and of their scales.
+_VALUES = ("blocks", ".weight_packed", ".weight")
+_SCALES = ("scales", ".weight_scale_inv", ".weight_scale", ".scale", ".qscale_weight")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def settings_of(config: Any, name: str) -> dict[str, Any] | None:
+    """Return how a model is quantized, by its configuration; None if it is not. Refuse formats that are not read."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    method = settings.get("quant_method")
+    if method not in _METHODS:
+        raise UserError(
+            f"The model {name!r} is quantized as {method!r}, but only {', '.join(_METHODS)} are read. Save it in "
+            "float32, bfloat16 or float16, and prune that model."
+        )
+    require_extra("quantized", "accelerate", "compressed_tensors", purpose="Quantized models")
+    version = transformers.__version__
+    if tuple(map(int, version.split(".")[:2])) < _VERSION:
+        raise MissingPackageError(
+            f"Quantized models need transformers {'.'.join(map(str, _VERSION))} or later, but {version} is installed: "
+            "pip install '.[quantized]' in the source folder"
+        )
+    return dict(settings)
+
+
+def refuse_changed_weights(settings: Mapping[str, Any] | None, name: str) -> None:
+    """Refuse a quantized model, because weights that change would have to be quantized again."""
+    if settings:
+        raise UserError(
+            f"The model {name!r} is quantized, and weights that change would have to be quantized again. Use "
+            "pattern='experts', which leaves the weights of kept experts as they are, or save the model in float32, "
+            "bfloat16 or float16, and prune that model."
+        )
+
+
+def check_scales(name: str, dtypes: Mapping[str, str], parameters: Mapping[str, str]) -> None:
+    """Refuse quantized tensors without scales that transformers reads with them, and scales without a tensor.
+
+    Args:
+        name: The model, for the error.
+        dtypes: The data types of all stored tensors, by key.
+        parameters: The parameter into which each stored tensor is loaded.
+    """
+    values = _stems(parameters, _VALUES)
+    scales = _stems(parameters, _SCALES)
+    loaded_with = {(stem, parameters[key]) for key, stem in scales.items()}
+    for key, parameter in parameters.items():
+        if key in scales:
+            continue
+        dtype = dtypes[key]
+        is_quantized = dtype.startswith(("F8", "F4"))
+        if key in values:
+            is_quantized |= not key.endswith(".weight") or dtype.startswith(("I", "U"))
+        if is_quantized and (values.get(key, key), parameter) not in loaded_with:
+            raise UserError(
+                f"The model {name!r} stores {key} as {dtype}, but no scales that transformers reads with it. Check the "
+                "folder and its index."
+            )
+
+    stems = {*values.values()}
+    for key, stem in scales.items():
+        # A parameter may be called scale, too.
+        is_parameter = parameters[key].rpartition(".")[2] == key.rpartition(".")[2]
+        if stem not in stems and not is_parameter:
+            raise UserError(
+                f"The model {name!r} stores the scales {key} without their weight. Check the folder and its index."
+            )
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How to repeat scales of blocks that do not divide a weight, because transformers divides it into equal blocks."""
+
+    block: tuple[int, int]  # rows and columns with one scale
+    shape: tuple[int, int]  # of the weight
+
+    def __call__(self, scales: Tensor) -> Tensor:
+        """Return one scale for each weight."""
+        for dim in (0, 1):
+            index = torch.arange(self.shape[dim]) // self.block[dim]
+            scales = _select(scales, dim, index)
+        return scales
+
+
+def uneven_scales(
+    settings: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, Spread]:
+    """Return how to repeat those scales of FP8 whose blocks do not divide their weight, by key.
+
+    An example is `kv_a_proj_with_mqa` of DeepSeek-V3, with 576 rows in blocks of 128.
+    """
+    block = settings.get("weight_block_size")
+    spreads = {}
+    for key, stem in _stems(shapes, _SCALES).items():
+        shape = shapes.get(f"{stem}.weight", ())
+        grid = shapes[key]
+        if not block or len(shape) != 2 or len(grid) != 2:
+            continue
+        if shape[0] % grid[0] or shape[1] % grid[1]:
+            rows, columns = block
+            spreads[key] = Spread((rows, columns), (shape[0], shape[1]))
+    return spreads
+
+
+def _select(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Return some entries of a tensor, which may have a data type that PyTorch does not index."""
+    octets = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
+    return octets.index_select(dim, index).view(tensor.dtype)
+
+
+def _stems(keys: Iterable[str], endings: Sequence[str]) -> dict[str, str]:
+    """Return the keys with one of these endings, and the keys without it."""
+    return {
+        key: key.removesuffix(ending) for key in keys for ending in endings if key.endswith(ending)
+    }
+
+
+def kept_tensor(
+    key: str, tensor: Tensor, parameter: str, kept: Mapping[str, KeptEntries]
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield what is left of a stored tensor, with its key: all of it, some entries, or nothing.
+
+    Args:
+        key: The stored name; that of an expert's own tensor has the number of the expert.
+        tensor: As it is stored.
+        parameter: The parameter into which it is loaded.
+        kept: What is left of parameters that have lost experts.
+    """
+    if parameter not in kept:
+        yield key, tensor
+        return
+    entries = kept[parameter]
+    numbers = list(_NUMBER.finditer(key))
+    is_single = len(numbers) > len(_NUMBER.findall(parameter))
+    if not is_single:
+        yield key, _select(tensor, entries.dim, torch.tensor(entries.indices))
+        return
+
+    expert = numbers[-1]
+    if int(expert[0]) in entries.indices:
+        number = entries.indices.index(int(expert[0]))
+        yield f"{key[: expert.start()]}{number}{key[expert.end() :]}", tensor
