@@ -29,6 +29,7 @@ from support.cli import (
 )
 from support.hub import hub as hub
 from support.layers import assert_same
+from support.quantized import fp8
 from support.reports import Page
 from transformers import AutoModelForCausalLM
 
@@ -249,6 +250,8 @@ REFUSED = f"""
 --stream --model INPUTS/gone.gguf -> gone.gguf does not exist
 --stream --method thorough -> needs the whole model in memory
 --stream --pattern experts -> needs a mixture of experts, but no module
+--stream --pattern experts --max_size 1MB -> max_size needs a mixture of experts, but the model has none
+--max_size 1MB -> --max_size chooses a number of experts, but pattern=
 """
 
 
@@ -306,6 +309,31 @@ def test_a_streamed_run_measures_what_one_in_memory_does(streamed_options, input
         assert result.after_error == pytest.approx(by_memory.after_error, rel=1e-4)
         assert result.agreement == pytest.approx(by_memory.agreement, rel=1e-3)
     assert results[0].after != results[1].after
+
+
+@pytest.fixture
+def mixture(inputs, tmp_path):
+    """A mixture in FP8, with the tokenizer of the other models."""
+    folder = tmp_path / "mixture"
+    fp8(folder, vocab_size=len(transformers.AutoTokenizer.from_pretrained(inputs / "llama")))
+    for file in (inputs / "llama").glob("*token*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_experts_that_fit_into_a_size(mixture, text, capsys, stream):
+    weights = sum(file.stat().st_size for file in mixture.glob("*.safetensors"))
+    options = [*text, *OUT, "--model", mixture, "--pattern", "experts"]
+    size = f"{weights * (0.8 if stream else 1.1) / 1e6:.4f}MB"
+    if stream:
+        options.append("--stream")
+    assert run(*options, "--max_size", size) == 0
+    printed = capsys.readouterr().out
+    number = re.search(r"max_size=.* GB keeps (\d) of 8 experts in each layer: about", printed)
+    config = transformers.AutoConfig.from_pretrained("out/model")
+    assert config.num_experts == int(number[1]) < 8
+    assert hasattr(config, "quantization_config") == stream
 
 
 def test_a_streamed_run_that_was_interrupted_goes_on(streamed_options, monkeypatch):

@@ -369,6 +369,8 @@ class Results(Folder):
     """Folder for log_METHOD.txt and pruning_report.json."""
     report: str | None = None
     """Page (.html) or picture (.png) to write, with figures and tables (needs the extra report)."""
+    max_size: str | None = None
+    """Size of the new model, such as 60GB: --pattern experts keeps as many experts as fit, whatever --sparsity is."""
     device: str = "cpu"
     """Device to compute on with --stream, such as cuda."""
     shrink: bool = False

@@ -4,7 +4,7 @@ Everything is on disk before a word is printed.
 """
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -37,6 +37,7 @@ from wanda_lightning.engine.prune import prune_as, removal_of
 from wanda_lightning.evaluation import Evaluation, load_tasks
 from wanda_lightning.evaluation.results import Metrics
 from wanda_lightning.evaluation.tasks import Answers, answer, flips
+from wanda_lightning.experts.size import fitting_sparsity, parse_size
 from wanda_lightning.modules.agreement import AfterBatch, Agreement
 from wanda_lightning.modules.model_loading import check_source, model_from_config
 from wanda_lightning.planning.plan import make_plan, refuse_unprunable
@@ -87,6 +88,11 @@ def prune(config: PruningConfig, options: PruneOptions) -> None:
     """Prune a model, measure it before and after, and save what was asked for."""
     data = options.data
     results = options.results
+    if results.max_size and not config.pattern.changes_shapes:
+        raise UserError(
+            f"--max_size chooses a number of experts, but {config.shown('pattern')} leaves the size as it is. Use "
+            "--pattern experts."
+        )
     L.seed_everything(data.seed, verbose=False)
     tasks = {}
     if data.eval_zero_shot:
@@ -142,6 +148,9 @@ def _prune_in_memory(
 
     if isinstance(source, SentenceDataModule):
         source.model = module.model
+    if results.max_size:
+        sizes = {weight: tensor.nbytes for weight, tensor in module.model.named_parameters()}
+        config = _fitting(config, module.model, sizes, results.max_size)
     # Refuse what cannot be pruned, and a text that is too short, before the model is measured.
     plan = make_plan(config, module.model)
     refuse_unprunable(plan.layers)
@@ -199,6 +208,9 @@ def _prune_from_disk(config: PruningConfig, options: PruneOptions) -> Iterator[_
     check_source(hub)
     if not config.pattern.changes_shapes:
         refuse_changed_weights(settings_of(load_config(hub), model.model), model.model)
+    if results.max_size:
+        checkpoint = Checkpoint(hub, model.dtype)
+        config = _fitting(config, checkpoint.model, checkpoint.sizes(), results.max_size)
     if config.pattern.changes_shapes:  # before the model is measured
         plan = make_plan(config, model_from_config(hub), by_block=True)
         removal_of(config.pattern).check(config, plan.model, plan.inventory)
@@ -232,6 +244,15 @@ def _prune_from_disk(config: PruningConfig, options: PruneOptions) -> Iterator[_
     ) as report:
         pruned = measurement(output, is_dense=False)
         yield _Pruned(report, None, source, dense, pruned, agreement, save)
+
+
+def _fitting(
+    config: PruningConfig, model: Any, sizes: Mapping[str, int], max_size: str
+) -> PruningConfig:
+    """Return the choices with the smallest sparsity with which the model fits, and print how many experts stay."""
+    sparsity, sentence = fitting_sparsity(model, sizes, parse_size(max_size))
+    print_line(sentence)
+    return replace(config, sparsity=sparsity)
 
 
 def _perplexities_from_disk(

@@ -16,7 +16,7 @@ from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.patterns import Experts
 from wanda_lightning.core.rounding import coarsest_eps
 from wanda_lightning.core.types import Units
-from wanda_lightning.experts.mixtures import Mixture, mixtures
+from wanda_lightning.experts.mixtures import CHOSEN_GROUPS, PER_TOKEN, Mixture, mixtures
 from wanda_lightning.experts.saliency import ExpertSaliency, unroutable
 from wanda_lightning.models import Inventory, SkipReason, adapted_module
 from wanda_lightning.parallel import Processes
@@ -71,6 +71,20 @@ def _why_not(
         return (
             f"drops {'none' if kept else 'all'} of the {size} experts{groups} with sparsity={config.sparsity:g}. "
             f"Choose at least {1 / size:.3g} and at most {1 - 1 / size:.3g}."
+        )
+
+    per_token = first.declared(PER_TOKEN)
+    chosen_groups = first.groups
+    if first.groups > 1:
+        chosen_groups = first.declared(CHOSEN_GROUPS) or first.groups
+    if kept * chosen_groups < per_token:
+        within = ""
+        if first.groups > 1:
+            within = f" in the groups that are chosen for it, {chosen_groups} of {first.groups}"
+        return (
+            f"leaves {kept * first.groups} of {first.number} experts with sparsity={config.sparsity:g}, and a token "
+            f"{kept * chosen_groups}{within}, but it is routed to {per_token}. Choose at most "
+            f"{1 - per_token / (size * chosen_groups):.3g}."
         )
     return ""
 

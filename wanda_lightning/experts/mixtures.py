@@ -19,6 +19,9 @@ from wanda_lightning.units.candidates import Change, Slot, replace_attributes
 
 # Names of attributes with the number of experts.
 _NUMBER = re.compile(r"(\w+_)?(n|num)_(?!shared)(\w+_)?experts")
+# Names of attributes with the number of experts, and of groups, that a router chooses for a token.
+PER_TOKEN = re.compile(r"top_?k|num_experts_per_tok(en)?")
+CHOSEN_GROUPS = re.compile(r"top_?k_groups?")
 _GROUPS = re.compile(r"(n|num)_(expert_)?groups?")
 
 
@@ -42,6 +45,16 @@ class Mixture(NamedTuple):
         changes: list[Change] = [(slot.module, slot.name, slot.taken(keep)) for slot in self.slots]
         changes += [(module, name, number) for module, name in self.counters]
         return replace_attributes(changes)
+
+    def declared(self, names: re.Pattern[str]) -> int:
+        """Return the largest number that the module or a router has under one of these names; 0 if there is none."""
+        numbers = [
+            value
+            for part in (self.module, *self.routers)
+            for key, value in vars(part).items()
+            if names.fullmatch(key) and type(value) is int
+        ]
+        return max(numbers, default=0)
 
     def drop_data(self) -> Action:
         """Move the tensors to the meta device, and return a function that undoes it."""

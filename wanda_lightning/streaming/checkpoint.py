@@ -48,6 +48,7 @@ from wanda_lightning.streaming.quantized_checkpoint import (
     check_scales,
     kept_tensor,
     settings_of,
+    stored_size,
     uneven_scales,
 )
 
@@ -79,6 +80,7 @@ class Checkpoint:
         self._parameters: dict[str, str] = {}
         self._companions: dict[str, dict[Path, list[str]]] = {}  # as `_keys`, but not loaded
         self._spreads: dict[str, Spread] = {}  # by key of scales
+        self._stored_sizes: dict[str, int] = {}  # bytes of each stored tensor
         self._conversions: dict[str, Any] = {}  # by part
         config = self._read_config(source)
         auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -183,6 +185,7 @@ class Checkpoint:
                     stored = file.get_slice(key)
                     dtypes[key] = stored.get_dtype()
                     shapes[key] = stored.get_shape()
+                    self._stored_sizes[key] = stored_size(dtypes[key], shapes[key])
             for key in keys:
                 name, _ = rename_source_key(
                     key, renamings, converters, self.model.base_model_prefix, expected
@@ -227,6 +230,18 @@ class Checkpoint:
         """Return the block that a parameter or module is or lies in, or `RESIDENT`."""
         inside = (block for block in self.blocks if f"{name}.".startswith(f"{block}."))
         return next(inside, RESIDENT)
+
+    def sizes(self) -> dict[str, int]:
+        """Return how many bytes the output has for each parameter, and for each tensor that is not loaded."""
+        if not self.copies:
+            sizes = {name: weight.nbytes for name, weight in self.model.named_parameters()}
+            not_loaded = chain.from_iterable(self.not_loaded.values())
+            return sizes | {key: self._stored_sizes[key] for key in not_loaded}
+        sizes = {}
+        for key, size in self._stored_sizes.items():
+            name = self._parameters.get(key, key)
+            sizes[name] = sizes.get(name, 0) + size
+        return sizes
 
     def parameters(self, part: str) -> dict[str, nn.Parameter]:
         """Return the parameters of a part by name."""

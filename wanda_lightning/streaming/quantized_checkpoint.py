@@ -7,6 +7,7 @@ again: the stored tensors of a pruned model are copied from the source.
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -44,6 +45,12 @@ def settings_of(config: Any, name: str) -> dict[str, Any] | None:
             "pip install '.[quantized]' in the source folder"
         )
     return dict(settings)
+
+
+def stored_size(dtype: str, shape: Sequence[int]) -> int:
+    """Return how many bytes a tensor has in a file; `dtype` is a name of safetensors, such as `F8_E4M3`."""
+    bits = re.search(r"\d+", dtype)
+    return prod(shape) * (int(bits[0]) if bits else 8) // 8
 
 
 def refuse_changed_weights(settings: Mapping[str, Any] | None, name: str) -> None:
