@@ -1,15 +1,17 @@
-r"""Take experts out of a mixture by REAP's score, by how often they are used, by their norms, and at random.
+r"""Take experts out of a mixture: by REAP's score, by the loss, by how often they are used, by norms, and at random.
 
-    python recipes/llm/small_mixture.py --output out/small_mixture
+    python recipes/llm/small_mixture.py --output out/small_mixture --steps 600
     python benchmarks/experts.py --model out/small_mixture --calibration out/small_mixture_text/training.txt \
         --eval out/small_mixture_text/heldout.txt --seqlen 256 --nsamples 64 --limit 256 \
         --save benchmarks/results
 
-It also prunes half of the weights with Wanda and SparseGPT, with all windows and with two. With two, experts with fewer
-than 32 tokens are pruned with the statistics of all experts of their layer, or only those without any token.
+REAP's score and the loss are repeated with three draws of the calibration windows. It also prunes half of the weights
+with Wanda and SparseGPT, with all windows and with two. With two, experts with fewer than 32 tokens are pruned with the
+statistics of all experts of their layer, or only those without any token.
 """
 
 import copy
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -21,7 +23,44 @@ from result import Runs
 
 from wanda_lightning import prune
 from wanda_lightning.calibration import observer
+from wanda_lightning.core.losses import row_divergences
+from wanda_lightning.experts.mixtures import mixtures
 from wanda_lightning.experts.saliency import ExpertSaliency
+
+DRAWS = (0, 1, 2)
+GOALS = (0.25, 0.5, 0.75)
+
+
+def by_the_loss(model, batches):
+    """Return a score: the sum over windows of the squared first-order effect of an expert on the loss.
+
+    Each expert's gate is multiplied by a variable that is 1, one for each expert. The derivative of a window's loss by
+    that variable is how much the loss changes, to first order, for each unit of the expert's output that is taken away.
+    """
+    effects = {}
+    model.requires_grad_(False)
+    for batch in batches:
+        for window in batch["input_ids"].split(1):
+            scales = {}
+            with ExitStack() as hooks:
+                for mixture in mixtures(model):
+                    scale = torch.ones(mixture.number, requires_grad=True)
+                    scales[mixture.name] = scale
+                    hook = mixture.experts.register_forward_pre_hook(partial(scaled, scale))
+                    hooks.callback(hook.remove)
+                loss = model(
+                    window, labels=window, use_cache=False, output_router_logits=False
+                ).loss
+                gradients = torch.autograd.grad(loss, list(scales.values()))
+            for name, gradient in zip(scales, gradients, strict=True):
+                effects[name] = effects.get(name, 0) + gradient.double().square()
+    return lambda _, mixture: effects[mixture.name]
+
+
+def scaled(scale, _, arguments):
+    """Multiply the gates of each token by the variables of its experts."""
+    tokens, indices, gates = arguments
+    return tokens, indices, gates * scale[indices]
 
 
 def by_norm(_, mixture):
@@ -38,39 +77,65 @@ def at_random(seed):
     return lambda _, mixture: torch.rand(mixture.number, generator=generator, dtype=torch.float64)
 
 
+@torch.no_grad()
+def divergence(model, dense, batches):
+    """Return the mean KL divergence from the dense predictions."""
+    total = 0.0
+    count = 0
+    for batch in batches:
+        rows = row_divergences(*[each(**batch).logits.flatten(0, 1) for each in (model, dense)])
+        total += float(rows.sum())
+        count += len(rows)
+    return total / count
+
+
 def main(options: Text, save: str = ""):
     """Measure all rows."""
-    language = LanguageModel(options)
     runs = Runs(save, "experts")
-    dense = language.model
-    planned = replace(language.planned, case={"weights": fingerprint(dense)})
-    runs(planned, language.measure)
+    for draw in DRAWS:
+        language = LanguageModel(options, draw)
+        dense = language.model
+        case = {"weights": fingerprint(dense), "draw": draw}
+        planned = replace(language.planned, case=case)
+        evaluation = language.evaluation
 
-    def measure(row, patched):
-        """Prune a copy while something is patched."""
-        language.model = copy.deepcopy(dense)
-        windows = language.data.calibration_windows[: row.calibration.windows]
-        choices = {"pattern": row.pattern, **row.arguments}
-        with patched:
-            prune(language.model, in_batches(windows), row.sparsity, **choices, progress=False)
-        return language.measure()
+        def measure(row, patched, language=language, dense=dense, evaluation=evaluation):
+            """Prune a copy while something is patched."""
+            model = copy.deepcopy(dense)
+            windows = language.data.calibration_windows[: row.calibration.windows]
+            choices = {"pattern": row.pattern, **row.arguments}
+            with patched:
+                prune(model, in_batches(windows), row.sparsity, **choices, progress=False)
+            language.model = model
+            return language.measure() | {"divergence": divergence(model, dense, evaluation)}
 
-    scores = {
-        "REAP": ExpertSaliency.__call__,
-        "uses": ExpertSaliency.tokens,
-        "norms": by_norm,
-    }
-    for seed in range(3):
-        scores[f"random, seed {seed}"] = at_random(seed)
-    for goal, (name, score) in product((0.25, 0.5), scores.items()):
-        row = replace(planned, method=name, sparsity=goal, pattern="experts")
-        patched = patch.object(ExpertSaliency, "__call__", score)
-        runs(row, partial(measure, row, patched))
+        reap = ExpertSaliency.of
+        scores = {
+            "REAP": (reap, {}),
+            "REAP, block after block": (reap, {"sequential": "block"}),
+            "loss": (by_the_loss(copy.deepcopy(dense), language.calibration), {}),
+        }
+        if draw == 0:
+            runs(planned, language.measure)
+            scores["uses"] = (ExpertSaliency.tokens, {})
+            scores["norms"] = (by_norm, {})
+            for seed in range(3):
+                scores[f"random, seed {seed}"] = (at_random(seed), {})
+        for goal, (name, (score, arguments)) in product(GOALS, scores.items()):
+            row = replace(
+                planned, method=name, sparsity=goal, pattern="experts", arguments=arguments
+            )
+            runs(row, partial(measure, row, patch.object(ExpertSaliency, "of", score)))
+        if draw == 0:
+            weights(runs, planned, options.nsamples, measure)
 
+
+def weights(runs, planned, samples, measure):
+    """Prune half of the weights, with all windows and with two."""
     # Experts with fewer tokens than this are pruned with the statistics of all experts of their layer.
     enough = observer.MIN_EXPERT_TOKENS
     cases = (
-        ("", options.nsamples, enough),
+        ("", samples, enough),
         (", 2 windows", 2, enough),
         (", 2 windows, each expert alone", 2, 1),
     )

@@ -613,10 +613,21 @@ def own_text():
 
 
 def experts():
-    """Perplexity of a small mixture without some of its experts."""
+    """Perplexity of a small mixture without some of its experts, and divergence from it."""
     results = read_table("experts")
     dense = perplexity(dense_of(results))
-    return by_goals(f"perplexity (dense {dense})", results, perplexity) + source(results)
+    by_row = {}
+    for run in results:
+        by_row.setdefault((run.method, run.goal), []).append(run)
+    rows = [
+        replace(runs[0], measured=runs[0].measured | over_draws(runs)) for runs in by_row.values()
+    ]
+    divergent = partial(number, quantity="divergence", form=".3f")
+    tables = (
+        by_goals(f"perplexity (dense {dense})", rows, perplexity),
+        by_goals("KL divergence", rows, divergent),
+    )
+    return "\n\n".join(tables) + source(results)
 
 
 def training():
