@@ -17,6 +17,7 @@ from support.zoo import ZOO, family, names, number_of_weights, run_all, seeded
 from torch.testing import assert_close
 
 from wanda_lightning.experts.mixtures import Mixture, mixtures
+from wanda_lightning.experts.saliency import ExpertSaliency
 
 BATCHES = ZOO["mixtral_padded"].batches
 
@@ -32,6 +33,33 @@ def dropped_in(report):
 
 
 CASES = [(0.25, "auto"), (0.5, "auto"), (0.25, "block")]
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        ("qwen3_moe", {"norm_topk_prob": True}),
+        ("qwen3_moe", {"norm_topk_prob": False}),
+        ("deepseek_v3", {"n_shared_experts": 1}),
+        ("deepseek_v3", {"n_shared_experts": 3}),
+    ],
+)
+def test_saliency_equals_a_plain_loop(name, choices, monkeypatch):
+    """Gates may be renormalized, and the router may have groups and biases; shared experts do not count."""
+    model = build(name, **choices)
+    expected = slow_saliency(name, model, BATCHES())
+    measured = {}
+    of = ExpertSaliency.of
+
+    def spied(self, mixture):
+        measured[mixture.name] = of(self, mixture)
+        return measured[mixture.name]
+
+    monkeypatch.setattr(ExpertSaliency, "of", spied)
+    prune(model, BATCHES(), 0.25, pattern="experts")
+    for block, means in expected.items():
+        slow = torch.tensor([means.get(index, (0.0, 0))[0] for index in range(8)])
+        assert_close(measured[block], slow.double(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
