@@ -165,6 +165,7 @@ class RemoveExperts(Removal):
     def _record(self, run: Run, mixture: Mixture, keep: Units) -> None:
         """Record the matrices of dropped experts as zeros."""
         tokens_of = self._saliency.tokens(mixture)
+        saliency_of = self._saliency.of(mixture)
         seen = set()  # an expert may have several matrices
         for layer in run.plan.layers:
             if layer.module is not mixture.experts or layer.expert is None:
@@ -185,6 +186,7 @@ class RemoveExperts(Removal):
                 note=note,
                 siblings=layer.siblings,
                 block=run.plan.inventory.blocks[layer.name],
+                saliency=float(saliency_of[layer.expert]),
             )
             if tokens < observer.MIN_EXPERT_TOKENS and layer.expert not in seen:
                 run.done.few_tokens[layer.name] = tokens

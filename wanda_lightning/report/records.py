@@ -107,6 +107,7 @@ class PrunedLayer:
     # collects no Gram matrix to compute it from, or several processes hold the rows.
     error: float | None = None
     part: TrainedPart | None = None  # the part of the block in which a recovery trained it
+    saliency: float | None = None  # of its expert, if whole experts leave
 
     @property
     def size(self) -> int:
