@@ -7,7 +7,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from support.disk import batches, contents, interrupted, same, stream, weights
-from support.quantized import BLOCK, compressed, fp8, mxfp4, rewrite
+from support.quantized import BLOCK, compressed, fp8, kimi, mxfp4, rewrite
 from support.quiet import prune
 from support.refusals import alike
 from support.reports import read_json
@@ -29,6 +29,7 @@ FORMATS = {
     "fp8, scales are powers of two": partial(fp8, name="deepseek_v3", scale_fmt="ue8m0"),
     "mxfp4": mxfp4,
     "int4": partial(compressed, kind="pack-quantized"),
+    "int4, Kimi": kimi,
     "fp8 of compressed-tensors": partial(compressed, kind="float-quantized"),
 }
 DROP = {"pattern": "experts"}

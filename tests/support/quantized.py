@@ -17,18 +17,19 @@ BLOCK = 8  # rows and columns of a block of FP8 with one scale
 GROUP = 16  # columns with one scale, in int4
 
 
-def save_quantized(folder, name, quantize, settings, **more):
+def save_quantized(folder, name, quantize, settings, part="", **more):
     """Save a tiny mixture in bfloat16, with the matrices of its layers quantized; return its configuration.
 
-    `quantize` gets a weight, and returns the tensors to store by what their names end with.
+    `quantize` gets a weight, and returns the tensors to store by what their names end with. Only weights with `part` in
+    their names are quantized.
     """
     build(name, **more).bfloat16().save_pretrained(folder)
     tensors = {}
     for key, tensor in weights(folder).items():
         stem, _, ending = key.rpartition(".")
-        if ending == "weight" and "_proj" in key:
-            for suffix, part in quantize(tensor).items():
-                tensors[f"{stem}.{suffix}"] = part.contiguous()
+        if ending == "weight" and "_proj" in key and part in key:
+            for suffix, stored in quantize(tensor).items():
+                tensors[f"{stem}.{suffix}"] = stored.contiguous()
         else:
             tensors[key] = tensor
     return rewrite(folder, tensors, settings)
@@ -98,7 +99,7 @@ def random_bytes(shape, low, high, generator):
     return torch.randint(low, high, shape, generator=generator, dtype=torch.uint8)
 
 
-def compressed(folder, kind, name="qwen3_moe"):
+def compressed(folder, kind, name="qwen3_moe", part="", ignored=()):
     """Save a mixture as compressed-tensors: `"pack-quantized"` has 4 bits, `"float-quantized"` has 8."""
     is_packed = kind == "pack-quantized"
     if is_packed:
@@ -110,7 +111,7 @@ def compressed(folder, kind, name="qwen3_moe"):
         "format": kind,
         "quantization_status": "compressed",
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": arguments}},
-        "ignore": ["lm_head", "re:.*gate$"],
+        "ignore": ["lm_head", "re:.*gate$", *ignored],
     }
     scheme = QuantizationConfig.model_validate(settings).config_groups["group_0"]
     compressor = BaseCompressor.get_value_from_registry(kind)
@@ -120,4 +121,10 @@ def compressed(folder, kind, name="qwen3_moe"):
         scale = groups.abs().amax(-1) / (7 if is_packed else 448)
         return compressor.compress({"weight": weight, "weight_scale": scale}, scheme)
 
-    return save_quantized(folder, name, quantize, settings)
+    return save_quantized(folder, name, quantize, settings, part)
+
+
+def kimi(folder):
+    """Save a DeepSeek-V3 of which only the routed experts are quantized, to 4 bits, as in Kimi-K2-Thinking."""
+    ignored = ["re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|down)_proj.*"]
+    compressed(folder, "pack-quantized", "deepseek_v3", ".experts.", ignored)
