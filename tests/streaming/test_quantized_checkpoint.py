@@ -85,16 +85,17 @@ def test_blocks_are_dequantized_as_transformers_does(source):
     assert same(in_memory(source).state_dict(), dequantized(source).state_dict())
 
 
-def test_blocks_that_do_not_divide_a_weight(tmp_path):
+@pytest.mark.parametrize("name", ["kv_a_proj_with_mqa", "kv_b_proj"])
+def test_blocks_that_do_not_divide_a_weight(tmp_path, name):
+    """20 rows in blocks of 8, and 12 columns, which are not two blocks of 6."""
     fp8(tmp_path, "deepseek_v3", kv_lora_rank=12)
     stored = weights(tmp_path)
-    key = "model.layers.0.self_attn.kv_a_proj_with_mqa.weight"
+    key = f"model.layers.0.self_attn.{name}.weight"
     weight = stored[key].float()
-    assert weight.shape[0] % BLOCK
+    assert {*weight.shape} & {12, 20}
     for row in range(weight.shape[0]):
         for column in range(weight.shape[1]):
             weight[row, column] *= stored[f"{key}_scale_inv"][row // BLOCK, column // BLOCK]
-
     assert alike(in_memory(tmp_path).get_parameter(key), weight.bfloat16())
 
 

@@ -7,7 +7,7 @@ again: the stored tensors of a pruned model are copied from the source.
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 from typing import Any
 
 import torch
@@ -117,18 +117,20 @@ def uneven_scales(
 ) -> dict[str, Spread]:
     """Return how to repeat those scales of FP8 whose blocks do not divide their weight, by key.
 
-    An example is `kv_a_proj_with_mqa` of DeepSeek-V3, with 576 rows in blocks of 128.
+    An example is `kv_a_proj_with_mqa` of DeepSeek-V3, with 576 rows in 5 blocks of 128. Transformers 5.24 divides the
+    rows by the number of blocks: it refuses this weight, and would read one of 192 rows in blocks of 96.
     """
     block = settings.get("weight_block_size")
     spreads = {}
     for key, stem in _stems(shapes, _SCALES).items():
         shape = shapes.get(f"{stem}.weight", ())
-        grid = shapes[key]
-        if not block or len(shape) != 2 or len(grid) != 2:
+        if not block or len(shape) != 2:
             continue
-        if shape[0] % grid[0] or shape[1] % grid[1]:
-            rows, columns = block
-            spreads[key] = Spread((rows, columns), (shape[0], shape[1]))
+        grid = [ceil(size / step) for size, step in zip(shape, block, strict=True)]
+        is_uneven = any(size % step for size, step in zip(shape, block, strict=True))
+        if is_uneven and list(shapes[key]) == grid:
+            rows, columns = shape
+            spreads[key] = Spread(tuple(block), (rows, columns))
     return spreads
 
 
