@@ -2,7 +2,7 @@ r"""Take experts out of a mixture: by REAP's score, by the loss, by how often th
 
     python recipes/llm/small_mixture.py --output out/small_mixture --steps 600
     python benchmarks/experts.py --model out/small_mixture --calibration out/small_mixture_text/training.txt \
-        --eval out/small_mixture_text/heldout.txt --seqlen 256 --nsamples 64 --limit 256 \
+        --eval out/small_mixture_text/heldout.txt --seqlen 256 --nsamples 64 --limit 128 \
         --save benchmarks/results
 
 REAP's score and the loss are repeated with three draws of the calibration windows. It also prunes half of the weights
@@ -26,9 +26,10 @@ from wanda_lightning.calibration import observer
 from wanda_lightning.core.losses import row_divergences
 from wanda_lightning.experts.mixtures import mixtures
 from wanda_lightning.experts.saliency import ExpertSaliency
+from wanda_lightning.modules import WindowPerplexity
 
 DRAWS = (0, 1, 2)
-GOALS = (0.25, 0.5, 0.75)
+GOALS = (0.5, 0.75, 0.25)
 
 
 def by_the_loss(model, batches):
@@ -77,16 +78,28 @@ def at_random(seed):
     return lambda _, mixture: torch.rand(mixture.number, generator=generator, dtype=torch.float64)
 
 
+def summed(saliency, mixture):
+    """Return REAP's saliency times the number of tokens of each expert: what it adds in all, not for each token."""
+    return saliency._sums[mixture.name][0]
+
+
 @torch.no_grad()
-def divergence(model, dense, batches):
-    """Return the mean KL divergence from the dense predictions."""
-    total = 0.0
-    count = 0
-    for batch in batches:
-        rows = row_divergences(*[each(**batch).logits.flatten(0, 1) for each in (model, dense)])
-        total += float(rows.sum())
-        count += len(rows)
-    return total / count
+def compared(model, batches, dense=None):
+    """Return the perplexity and the mean KL divergence from the dense logits, and the logits."""
+    metric = WindowPerplexity()
+    logits = []
+    divergences = []
+    for number, batch in enumerate(batches):
+        logits.append(model(**batch, use_cache=False).logits)
+        metric.update(logits[-1], batch["input_ids"])
+        if dense:
+            rows = [each.flatten(0, 1) for each in (logits[-1], dense[number])]
+            divergences.append(row_divergences(*rows))
+            logits[-1] = None
+    measured = {"perplexity": float(metric.compute())}
+    if dense:
+        measured["divergence"] = float(torch.cat(divergences).mean())
+    return measured, logits
 
 
 def main(options: Text, save: str = ""):
@@ -98,29 +111,30 @@ def main(options: Text, save: str = ""):
         case = {"weights": fingerprint(dense), "draw": draw}
         planned = replace(language.planned, case=case)
         evaluation = language.evaluation
+        result, logits = compared(dense, evaluation)
 
-        def measure(row, patched, language=language, dense=dense, evaluation=evaluation):
+        def measure(row, patched, language=language, dense=dense, logits=logits):
             """Prune a copy while something is patched."""
             model = copy.deepcopy(dense)
             windows = language.data.calibration_windows[: row.calibration.windows]
             choices = {"pattern": row.pattern, **row.arguments}
             with patched:
                 prune(model, in_batches(windows), row.sparsity, **choices, progress=False)
-            language.model = model
-            return language.measure() | {"divergence": divergence(model, dense, evaluation)}
+            measured, _ = compared(model, language.evaluation, logits)
+            return measured
 
         reap = ExpertSaliency.of
         scores = {
             "REAP": (reap, {}),
             "REAP, block after block": (reap, {"sequential": "block"}),
+            "REAP, sum": (summed, {}),
             "loss": (by_the_loss(copy.deepcopy(dense), language.calibration), {}),
         }
         if draw == 0:
-            runs(planned, language.measure)
+            runs(planned, lambda result=result: result)
             scores["uses"] = (ExpertSaliency.tokens, {})
             scores["norms"] = (by_norm, {})
-            for seed in range(3):
-                scores[f"random, seed {seed}"] = (at_random(seed), {})
+            scores["random"] = (at_random(0), {})
         for goal, (name, (score, arguments)) in product(GOALS, scores.items()):
             row = replace(
                 planned, method=name, sparsity=goal, pattern="experts", arguments=arguments

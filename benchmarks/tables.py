@@ -24,12 +24,14 @@ LABELS = {
     "int8": "int8",
     "int4": "int4",
     "magnitude": "magnitude",
+    "forward": "a plain forward pass",
     "REAP": "REAP",
+    "REAP, block after block": 'REAP, `sequential="block"`',
+    "REAP, sum": "REAP, summed instead of averaged",
+    "loss": "effect on the loss",
     "uses": "number of routed tokens",
     "norms": "norm of the weights",
-    "random, seed 0": "at random, seed 0",
-    "random, seed 1": "at random, seed 1",
-    "random, seed 2": "at random, seed 2",
+    "random": "at random",
     "wanda": "Wanda",
     "wanda, row": "Wanda, within a row",
     "wanda, layer": "Wanda, within a layer",
@@ -505,6 +507,38 @@ def streaming():
     return markdown(headings, rows) + source(results)
 
 
+def mixtures():
+    """Cost of taking experts out of quantized mixtures with two blocks."""
+    results = read_table("mixtures")
+    passes = {run.model: run for run in results if run.method == "forward"}
+    rows = []
+    for run in results:
+        if run.method == "forward":
+            continue
+        plain = passes[run.model]
+        ratio = run.measured["processor_seconds"] / plain.measured["processor_seconds"]
+        cells = [
+            f"{run.case['weights_mib'] * 2**20 / 1e9:.2f}",
+            number(run, "written_gb", ".2f"),
+            number(plain, "processor_seconds", ".0f"),
+            number(run, "processor_seconds", ".0f"),
+            f"{ratio:.1f}",
+            number(plain, "peak_rss_mib", ".0f"),
+            number(run, "peak_rss_mib", ".0f"),
+        ]
+        rows.append([run.model, run.goal, *cells])
+    headings = (
+        "two blocks of",
+        "removed",
+        "GB stored",
+        "GB written",
+        "s, forward pass",
+        "s, pruning",
+    )
+    more = ("ratio", "peak MiB, forward pass", "peak MiB, pruning")
+    return markdown((*headings, *more), rows) + source(results)
+
+
 def windows():
     """Perplexity by the number of calibration windows."""
     runs = read_table("windows")
@@ -801,6 +835,7 @@ _TABLES = (
     encoder_draws,
     own_text,
     experts,
+    mixtures,
     training,
     worth,
     runtimes,
