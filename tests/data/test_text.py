@@ -151,7 +151,7 @@ def test_a_tokenizer_that_cannot_be_found_is_refused_before_anything_is_read(tmp
         ),
         (
             {"calibration": ["a", 1]},
-            r"^calibration must be .* a list of strings or a .*Dataset, but it is \['a', 1\]",
+            r"^calibration must be .* a list of strings or a .*Dataset, or .*, but it is \['a', 1\]",
         ),
         (
             {"evaluation": ["one line\nand another"]},

@@ -309,8 +309,8 @@ class Data(_Measured):
 
     calibration: Annotated[_Names, Parameter(validator=_known_calibration)] = ("c4",)
     """Texts or chats to calibrate on, with commas for equal shares: c4, wikitext2, python-docs, sklearn-docs (these two
-need no network), the id of a data set on the hub (OWNER/NAME), a FILE (.txt, .jsonl, .parquet) with `text` or
-`messages`; or self, what the dense model writes."""
+need no network), the id of a data set on the hub (OWNER/NAME), a FILE (.txt, .jsonl, .parquet) with text or
+messages; or self, what the dense model writes."""
     packing: Literal["windows", "none"] = "windows"
     """Chats to calibrate on: windows joins them and cuts windows, as for text; none: each is a row, cut at --seqlen."""
     num_samples: Annotated[_Count | None, Parameter(alias="--nsamples")] = None

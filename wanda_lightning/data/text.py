@@ -38,7 +38,7 @@ Tokens = Sequence[int]
 Batches = DataLoader[dict[str, Tensor]]
 
 _C4_EVALUATION_WINDOWS = 256
-_DESCRIBED = {"windows": "chats, joined", "none": "chats, one in a row"}
+_CHATS = {"windows": "joined chats", "none": "chats, one in each window"}
 _SAMPLE = (
     "Tokenizers of one kind split this in the same way: "
     "1,234\n\tdef \u00e9t\u00e9(x): return x**2  # \u65e5\u672c"
@@ -140,7 +140,7 @@ class TextDataModule(L.LightningDataModule):
             )
         self._evaluation_sources: Kwargs = {}
         if not isinstance(evaluation, list | tuple):
-            evaluation = [evaluation]
+            evaluation = split_sources(evaluation)
         for text in evaluation:
             name, source = named(text, "evaluation")
             if name in self._evaluation_sources and name != source:  # another list of documents
@@ -291,22 +291,18 @@ class TextDataModule(L.LightningDataModule):
 
     def describe_calibration(self, num_samples: int) -> str:
         """Return the source, the number and length of the windows, and the seed that drew them."""
-        count = min(num_samples, self.num_samples)
-        end = f"{self.seqlen:,} tokens, seed {self.seed}"
-        if self.calibration == SELF:
-            return f"{OWN_TEXT}, {quantity(count, 'window')} of {end}"
+        names = [OWN_TEXT]
+        at_most = ""
+        if self.calibration != SELF:
+            names = list(map(self._described, self.calibrations, self._calibration_contents))
+            at_most = "at most " if self._has_rows else ""
+        count = quantity(min(num_samples, self.num_samples), "window")
+        equally = " in equal shares" if len(names) > 1 else ""
+        size = f"{at_most}{self.seqlen:,} tokens"
+        return f"{' and '.join(names)}, {count}{equally} of {size}, seed {self.seed}"
 
-        sources = []
-        for name, content in zip(self.calibrations, self._calibration_contents, strict=True):
-            if isinstance(content, Chats):
-                name += f" ({_DESCRIBED[self.packing]})"
-            sources.append(name)
-        equally = " in equal shares" if len(sources) > 1 else ""
-        samples = quantity(count, "window")
-        if self._has_rows:
-            samples = quantity(count, "row")
-            end = f"at most {end}"
-        return f"{' and '.join(sources)}, {samples}{equally} of {end}"
+    def _described(self, name: str, content: Texts | Chats) -> str:
+        return f"{name} ({_CHATS[self.packing]})" if isinstance(content, Chats) else name
 
     def describe_evaluation(self, number: int = 0) -> str:
         """Return the source of the text with this number, and the number and length of its windows."""
