@@ -1,22 +1,30 @@
 r"""Calibrate a chat model on web text, on chats or on both, and measure its perplexity on other chats and on web text.
 
     python benchmarks/chats.py --model M.gguf --calibration c4_sample.txt --eval wikitext2_test.raw.txt \
-        --nsamples 16 --seqlen 512 --limit 40 --chats out/chats --save benchmarks/results
+        --nsamples 16 --seqlen 512 --limit 24 --chats out/chats --save benchmarks/results
 
-The model writes the chats itself, if the folder `--chats` has none yet. A user asks about a sentence of the calibration
-text, then asks for an example; the answers are drawn from the predictions of the dense model, without temperature or
-truncation, and end by themselves. The chats for calibration and those for evaluation are about different documents.
+The dense model writes the chats itself, if the folder `--chats` has none yet, with a temperature of 0.7 and the most
+likely 90 % of tokens. The user asks about a sentence of the calibration text, then for an example; chats with an answer
+of more than 192 tokens are left out. Those for calibration and for evaluation are about different documents.
 """
 
+import copy
 import json
 import random
+from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
-from measuring import LanguageModel, Text, run_from_shell
+from measuring import Text, in_batches, perplexity, run_from_shell
+from result import Result, Runs, Samples
 
+from wanda_lightning import CausalLMModule, TextDataModule, prune
 from wanda_lightning.data.sentence_pairs import split_sentences
 
+METHODS = ("wanda", "balanced")
+DRAWS = 3
 QUESTIONS = (
     "Explain this in simple words: {}",
     "What do you think about this? {}",
@@ -25,8 +33,8 @@ QUESTIONS = (
     "Which questions would you ask about this? {}",
 )
 FOLLOW_UP = "Can you give me an example?"
-CHATS = {"calibration": 72, "heldout": 64}
-ANSWER = 192  # tokens at most; chats with a longer answer are left out
+CHATS = {"calibration": 72, "heldout": 40}
+ANSWER = 192  # tokens at most
 WRITTEN_TOGETHER = 32
 
 
@@ -58,17 +66,88 @@ def answer(model, tokenizer, chats):
     return answered
 
 
-def write_chats(file, part, language, text):
-    """Write the chats of a part."""
-    language.tokenizer.padding_side = "left"
+def write_chats(folder, part, module, text):
+    """Return the file with the chats of a part, which are written if there is none."""
+    file = folder / f"{part}.jsonl"
+    if file.exists():
+        return str(file)
+    module.tokenizer.padding_side = "left"
     torch.manual_seed(list(CHATS).index(part))
     asked = questions(text, part)
     chats = []
     while len(chats) < CHATS[part]:
         started = [[{"role": "user", "content": asked.pop()}] for _ in range(WRITTEN_TOGETHER)]
-        first = answer(language.model, language.tokenizer, started)
+        first = answer(module.model, module.tokenizer, started)
         again = [[*chat, {"role": "user", "content": FOLLOW_UP}] for chat in first]
-        chats += answer(language.model, language.tokenizer, again)
+        chats += answer(module.model, module.tokenizer, again)
         print(f"{part}: {len(chats)} chats", flush=True)
     lines = [json.dumps({"messages": chat}, ensure_ascii=False) for chat in chats[: CHATS[part]]]
+    folder.mkdir(parents=True, exist_ok=True)
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(file)
+
+
+def main(options: Text, chats: str, save: str = ""):
+    """Measure all rows."""
+    module = CausalLMModule(options.model, dtype="float32")
+    model = module.model.eval()
+    web = Path(options.calibration).read_text(encoding="utf-8")
+    written, heldout = (write_chats(Path(chats), part, module, web) for part in CHATS)
+
+    data = TextDataModule(
+        module.tokenizer,
+        evaluation=[options.eval, heldout],
+        seqlen=options.seqlen,
+        limit=options.limit,
+    )
+    texts = {
+        "perplexity": in_batches(data.windows_of(options.eval)),
+        "perplexity_chats": in_batches(data.windows_of(heldout)),
+    }
+    planned = Result(
+        model=Path(options.model).name,
+        method="dense",
+        evaluation=Samples(Path(options.eval).name, options.limit, options.seqlen),
+    )
+    runs = Runs(save, "chats")
+    dense = copy.deepcopy(model.state_dict())
+
+    def measure():
+        return {name: perplexity(model, windows) for name, windows in texts.items()}
+
+    def prune_and_measure(row, source, packing):
+        model.load_state_dict(dense)
+        data = TextDataModule(
+            module.tokenizer,
+            source,
+            seqlen=options.seqlen,
+            num_samples=options.nsamples,
+            seed=row.case["draw"],
+            packing=packing,
+        )
+        prune(model, data.calibration_dataloader(), 0.5, method=row.method, progress=False)
+        return measure()
+
+    runs(planned, measure)
+    name = Path(options.calibration).name
+    calibrations = {
+        "text": (name, options.calibration, "windows"),
+        "chats": ("chats", written, "windows"),
+        "both": (f"{name} and chats", [options.calibration, written], "windows"),
+        "rows": ("chats, one in each window", written, "none"),
+    }
+    for key, draw, method in product(calibrations, range(DRAWS), METHODS):
+        name, source, packing = calibrations[key]
+        row = replace(
+            planned,
+            method=method,
+            sparsity=0.5,
+            case={"calibration": key, "draw": draw},
+            arguments={"method": method},
+            calibration=Samples(name, options.nsamples, options.seqlen),
+        )
+        runs(row, partial(prune_and_measure, row, source, packing))
+
+
+if __name__ == "__main__":
+    run_from_shell(main)

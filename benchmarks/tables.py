@@ -612,6 +612,31 @@ def own_text():
     return grid("perplexity", cells) + source([*own, *web])
 
 
+CALIBRATED_ON = {
+    "text": "web text",
+    "chats": "chats",
+    "both": "web text and chats",
+    "rows": "chats, one in each window",
+}
+
+
+def chats():
+    """Perplexity of a chat model on chats and on WikiText-2, after calibration on either."""
+    results = read_table("chats")
+    dense = dense_of(results)
+    texts = {"perplexity_chats": "chats", "perplexity": "WikiText-2"}
+    cells = []
+    for (quantity, text), method in product(texts.items(), ("wanda", "balanced")):
+        column = f"{text}, {LABELS[method]}"
+        cells.append(("(dense)", column, number(dense, quantity, "#.4g")))
+        for key, row in CALIBRATED_ON.items():
+            case = (method, key)
+            runs = [run for run in results if (run.method, run.case.get("calibration")) == case]
+            mean = replace(dense, measured=over_draws(runs))
+            cells.append((row, column, number(mean, quantity, "#.4g")))
+    return grid("calibrated on", cells) + source(in_order(results))
+
+
 def experts():
     """Perplexity of a small mixture without some of its experts."""
     results = read_table("experts")
@@ -789,6 +814,7 @@ _TABLES = (
     draws,
     encoder_draws,
     own_text,
+    chats,
     experts,
     training,
     worth,
