@@ -21,8 +21,8 @@ from support.modules import tiny_llama
 from support.refusals import refuses
 
 from wanda_lightning import TextDataModule
-from wanda_lightning.data.text import draw_from_documents
 from wanda_lightning.data.text_sources import python_docs
+from wanda_lightning.data.windows import draw_from_documents
 from wanda_lightning.modules import CausalLMModule
 
 

@@ -1,15 +1,11 @@
-"""Conversations: read from files and tables, written as token ids by a tokenizer's chat template, cut to windows."""
+"""Conversations, read from files and tables, and written as token ids by the chat template of a tokenizer."""
 
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
 
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import reading
@@ -18,7 +14,6 @@ from wanda_lightning.common.wording import one_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PACKINGS = ("windows", "none")
 PADDING = (
     -1
 )  # in place of a token id, after the end of a conversation; no model takes it by mistake
@@ -146,8 +141,7 @@ def is_chat(row: object) -> bool:
 def chats_in_jsonl(source: str) -> Chats | None:
     """Return the conversations of a .jsonl file; None if its first line is no conversation.
 
-    `datasets` would not do: it adds the keys of other rows with None to a message, and refuses a larger file whose
-    later messages have other keys.
+    They are not read by `datasets` (5.2), which refuses a file of 20 MB if only its last message calls a tool.
     """
     rows: list[Any] = []
     lines = []
@@ -183,39 +177,3 @@ def _without_none(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_none(part) for part in value]
     return value
-
-
-def draw_chats(
-    chats: Chats,
-    tokenizer: PreTrainedTokenizerBase,
-    seqlen: int,
-    num_samples: int,
-    seed: int,
-    packing: str,
-) -> Tensor:
-    """Draw windows from conversations in a random order, as token ids of shape (num_samples, seqlen).
-
-    With `packing="windows"`, the conversations are joined and cut into adjacent windows. With `"none"`, each begins a
-    row of its own, is cut at `seqlen`, and followed by `PADDING`. Only drawn conversations are written and tokenized.
-    """
-    order = random.Random(seed).sample(range(len(chats)), len(chats))
-    if packing == "windows":
-        needed = num_samples * seqlen
-        ids = chats.joined(tokenizer, needed, order)
-        if len(ids) < needed:
-            raise UserError(
-                f"{num_samples} windows of seqlen={seqlen} need {needed:,} tokens, but the {len(chats):,} chats of "
-                f"{chats.source} have {len(ids):,}. Choose fewer samples, a smaller seqlen, or packing='none'."
-            )
-        return torch.tensor(ids[:needed], dtype=torch.long).view(num_samples, seqlen)
-
-    if len(chats) < num_samples:
-        raise UserError(
-            f"{num_samples} rows with packing='none' need as many chats, but {chats.source} has {len(chats):,}. Choose "
-            "fewer samples, or packing='windows'."
-        )
-    windows = torch.full((num_samples, seqlen), PADDING)
-    for window, index in zip(windows, order[:num_samples], strict=True):
-        ids = chats.tokens(index, tokenizer)[:seqlen]
-        window[: len(ids)] = torch.tensor(ids)
-    return windows

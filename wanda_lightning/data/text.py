@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +17,7 @@ from wanda_lightning.common.checks import SEED, check_at_least, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
 from wanda_lightning.common.wording import quantity
-from wanda_lightning.data.chats import PACKINGS, PADDING, Chats, draw_chats
+from wanda_lightning.data.chats import Chats
 from wanda_lightning.data.loaders import silence_worker_advice, training_loader
 from wanda_lightning.data.own_text import sample_windows
 from wanda_lightning.data.text_sources import (
@@ -30,15 +29,21 @@ from wanda_lightning.data.text_sources import (
     named,
     split_sources,
 )
+from wanda_lightning.data.windows import (
+    PADDING,
+    cut,
+    draw_from_chats,
+    draw_from_documents,
+    draw_from_text,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Tokens = Sequence[int]
 Batches = DataLoader[dict[str, Tensor]]
 
 _C4_EVALUATION_WINDOWS = 256
-_CHATS = {"windows": "joined chats", "none": "chats, one in each window"}
+_PACKINGS = {"windows": "joined chats", "none": "chats, one in each window"}
 _SAMPLE = (
     "Tokenizers of one kind split this in the same way: "
     "1,234\n\tdef \u00e9t\u00e9(x): return x**2  # \u65e5\u672c"
@@ -119,7 +124,7 @@ class TextDataModule(L.LightningDataModule):
         if limit is not None:
             check_at_least(1, limit=limit)
         check_values(SEED, seed=seed)
-        check_values(PACKINGS, packing=packing)
+        check_values((*_PACKINGS,), packing=packing)
         if isinstance(tokenizer, str | os.PathLike):
             ModelSource(tokenizer).locate()
         self._given_tokenizer = tokenizer
@@ -220,7 +225,9 @@ class TextDataModule(L.LightningDataModule):
 
     def _draw_from(self, content: Texts | Chats, count: int, name: str) -> Tensor:
         if isinstance(content, Chats):
-            return draw_chats(content, self.tokenizer, self.seqlen, count, self.seed, self.packing)
+            return draw_from_chats(
+                content, self.tokenizer, self.seqlen, count, self.seed, self.packing
+            )
         drawing = (self.seqlen, count, self.seed, name)
         if isinstance(content, str):
             return draw_from_text(self._tokenize(content), *drawing)
@@ -302,7 +309,7 @@ class TextDataModule(L.LightningDataModule):
         return f"{' and '.join(names)}, {count}{equally} of {size}, seed {self.seed}"
 
     def _described(self, name: str, content: Texts | Chats) -> str:
-        return f"{name} ({_CHATS[self.packing]})" if isinstance(content, Chats) else name
+        return f"{name} ({_PACKINGS[self.packing]})" if isinstance(content, Chats) else name
 
     def describe_evaluation(self, number: int = 0) -> str:
         """Return the source of the text with this number, and the number and length of its windows."""
@@ -343,76 +350,3 @@ def _batch(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     if not is_token[:, :longest].all():
         batch["attention_mask"] = is_token[:, :longest].long()
     return batch
-
-
-def draw_from_text(ids: Tokens, seqlen: int, num_samples: int, seed: int, source: str) -> Tensor:
-    """Draw windows that start anywhere in one text, as token ids of shape (num_samples, seqlen).
-
-    `random.Random(seed)` draws the same windows as the reference code does for WikiText-2. Errors name the `source`.
-    """
-    _refuse_short(ids, seqlen, seqlen + 1, source)
-    rng = random.Random(seed)
-    windows = [_draw_window(ids, seqlen, rng) for _ in range(num_samples)]
-    return torch.tensor(windows, dtype=torch.long)
-
-
-def _refuse_short(ids: Tokens, seqlen: int, needed: int, source: str) -> None:
-    if len(ids) < needed:
-        raise UserError(
-            f"seqlen={seqlen} needs a text of at least {needed} tokens, but {source} has {len(ids)}. Choose a "
-            "smaller seqlen or a longer text."
-        )
-
-
-def _draw_window(ids: Tokens, seqlen: int, rng: random.Random) -> Tokens:
-    """Draw a window that does not end with the last token, as in the reference code."""
-    start = rng.randint(0, len(ids) - seqlen - 1)
-    return ids[start : start + seqlen]
-
-
-def draw_from_documents(
-    documents: Sequence[str],
-    tokenize: Callable[[str], Tokens],
-    seqlen: int,
-    num_samples: int,
-    seed: int,
-    source: str,
-) -> Tensor:
-    """Draw windows from documents, as token ids of shape (num_samples, seqlen).
-
-    For each window, draw documents until one is longer than `seqlen`, then draw where the window starts in it.
-    `random.Random(seed)` draws the same windows as the reference code does for C4. Only drawn documents are tokenized.
-    """
-    rng = random.Random(seed)
-    lengths: dict[int, int] = {}  # in tokens, of the documents that were drawn and are too short
-    windows: list[Tokens] = []
-    while len(windows) < num_samples:
-        # The reference code would draw forever.
-        if len(lengths) == len(documents):
-            raise UserError(
-                f"seqlen={seqlen} needs a document of at least {seqlen + 1} tokens, but the longest of the "
-                f"{len(documents)} documents of {source} has {max(lengths.values(), default=0)}. Choose a smaller "
-                "seqlen, or give a .txt file, which is read as one text."
-            )
-
-        index = rng.randint(0, len(documents) - 1)
-        if index in lengths:
-            continue
-        ids = tokenize(documents[index])
-        if len(ids) > seqlen:
-            windows.append(_draw_window(ids, seqlen, rng))
-        else:
-            lengths[index] = len(ids)
-    return torch.tensor(windows, dtype=torch.long)
-
-
-def cut(ids: Tokens, seqlen: int, limit: int | None, source: str) -> Tensor:
-    """Cut a text into adjacent windows for perplexity, at most `limit`, and drop the rest at the end.
-
-    >>> cut([1, 2, 3, 4, 5, 6, 7], seqlen=3, limit=None, source="a.txt")
-    tensor([[1, 2, 3],
-            [4, 5, 6]])
-    """
-    _refuse_short(ids, seqlen, seqlen, source)
-    count = len(ids) // seqlen
-    return torch.tensor(ids[: count * seqlen], dtype=torch.long).view(count, seqlen)[:limit]

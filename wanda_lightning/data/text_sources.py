@@ -72,8 +72,8 @@ def documents_in(texts: Any, option: str) -> Sequence[str] | Chats:
         if is_chat(texts[0]):
             return Chats(texts, _IN_MEMORY)
     raise UserError(
-        f"{option} must be the name of a text, a list of strings or a datasets.Dataset, or a list of rows with messages, "
-        f"but it is {texts!r:.200}."
+        f"{option} must be the name of a text, a list of strings or a datasets.Dataset, or a list of rows with "
+        f"messages, but it is {texts!r:.200}."
     )
 
 
