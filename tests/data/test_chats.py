@@ -362,7 +362,7 @@ def test_a_line_that_is_no_json_is_refused_by_its_number(tmp_path, tokenizer, li
 
 def test_messages_among_texts_are_refused(tmp_path, tokenizer):
     file = write_chats(tmp_path / "a.jsonl", [{"text": "abc"}, CHATS[0]])
-    with refuses("must have a column 'text' with a string in each row"):
+    with refuses("must have a column 'text' with a string in each row, .*, and row 2 has no text"):
         TextDataModule(tokenizer, file, seqlen=20).calibration_dataloader()
 
 

@@ -60,10 +60,13 @@ def documents_in(texts: Any, option: str) -> Sequence[str] | Chats:
         if is_chat(texts.features):
             return Chats(texts, option, is_table=True)
         kind = getattr(texts.features.get("text"), "dtype", "missing")
-        if kind not in ("string", "large_string") or texts.data.column("text").null_count:
+        wrong = "" if kind in ("string", "large_string") else f"'text' is {kind}"
+        if not wrong and texts.data.column("text").null_count:
+            wrong = f"row {1 + [*texts['text']].index(None)} has no text"
+        if wrong:
             raise UserError(
                 f"{option} must have a column 'text' with a string in each row, or 'messages', but it has the columns "
-                f"{', '.join(texts.column_names)}, and 'text' is {kind} or not in each row."
+                f"{', '.join(texts.column_names)}, and {wrong}."
             )
         return texts["text"]
     if isinstance(texts, list | tuple):
