@@ -1,7 +1,7 @@
 r"""Calibrate a chat model on web text, on chats or on both, and measure its perplexity on other chats and on web text.
 
     python benchmarks/chats.py --model M.gguf --calibration c4_sample.txt --eval wikitext2_test.raw.txt \
-        --nsamples 16 --seqlen 512 --limit 24 --chats out/chats --save benchmarks/results
+        --nsamples 16 --seqlen 256 --limit 20 --chats out/chats --save benchmarks/results
 
 The dense model writes the chats itself, if the folder `--chats` has none yet, with a temperature of 0.7 and the most
 likely 90 % of tokens. The user asks about a sentence of the calibration text, then for an example; chats with an answer
@@ -136,7 +136,7 @@ def main(options: Text, chats: str, save: str = ""):
         "both": (f"{name} and chats", [options.calibration, written], "windows"),
         "rows": ("chats, one in each window", written, "none"),
     }
-    for key, draw, method in product(calibrations, range(DRAWS), METHODS):
+    for draw, key, method in product(range(DRAWS), calibrations, METHODS):
         name, source, packing = calibrations[key]
         row = replace(
             planned,

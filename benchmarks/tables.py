@@ -622,19 +622,20 @@ CALIBRATED_ON = {
 
 def chats():
     """Perplexity of a chat model on chats and on WikiText-2, after calibration on either."""
-    results = read_table("chats")
+    results = in_order(read_table("chats"))
     dense = dense_of(results)
-    texts = {"perplexity_chats": "chats", "perplexity": "WikiText-2"}
+    groups = {("(dense)", dense.method): [dense]}
+    for (key, heading), run in product(CALIBRATED_ON.items(), results):
+        if run.case.get("calibration") == key:
+            groups.setdefault((heading, run.method), []).append(run)
+
     cells = []
-    for (quantity, text), method in product(texts.items(), ("wanda", "balanced")):
-        column = f"{text}, {LABELS[method]}"
-        cells.append(("(dense)", column, number(dense, quantity, "#.4g")))
-        for key, row in CALIBRATED_ON.items():
-            case = (method, key)
-            runs = [run for run in results if (run.method, run.case.get("calibration")) == case]
-            mean = replace(dense, measured=over_draws(runs))
-            cells.append((row, column, number(mean, quantity, "#.4g")))
-    return grid("calibrated on", cells) + source(in_order(results))
+    for quantity, text in (("perplexity_chats", "chats"), ("perplexity", "WikiText-2")):
+        for (heading, method), runs in groups.items():
+            mean = replace(runs[0], measured=runs[0].measured | over_draws(runs))
+            for shown in ("wanda", "balanced") if method == "dense" else (method,):
+                cells.append((heading, f"{text}, {LABELS[shown]}", number(mean, quantity, "#.4g")))
+    return grid("calibrated on", cells) + source(results)
 
 
 def experts():
