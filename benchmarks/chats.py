@@ -24,7 +24,6 @@ from wanda_lightning import CausalLMModule, TextDataModule, prune
 from wanda_lightning.data.sentence_pairs import split_sentences
 
 METHODS = ("wanda", "balanced")
-DRAWS = 3
 QUESTIONS = (
     "Explain this in simple words: {}",
     "What do you think about this? {}",
@@ -87,8 +86,8 @@ def write_chats(folder, part, module, text):
     return str(file)
 
 
-def main(options: Text, chats: str, save: str = ""):
-    """Measure all rows."""
+def main(options: Text, chats: str, save: str = "", draws: int = 1):
+    """Measure all rows, for so many draws of the calibration windows."""
     module = CausalLMModule(options.model, dtype="float32")
     model = module.model.eval()
     web = Path(options.calibration).read_text(encoding="utf-8")
@@ -136,7 +135,7 @@ def main(options: Text, chats: str, save: str = ""):
         "both": (f"{name} and chats", [options.calibration, written], "windows"),
         "rows": ("chats, one in each window", written, "none"),
     }
-    for draw, key, method in product(range(DRAWS), calibrations, METHODS):
+    for draw, key, method in product(range(draws), calibrations, METHODS):
         name, source, packing = calibrations[key]
         row = replace(
             planned,
