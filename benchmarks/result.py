@@ -25,6 +25,7 @@ PACKAGES = ("lightning", "timm", "torch", "transformers")
 QUANTITIES = {
     "perplexity": "on the evaluation windows",
     "perplexity_second": "on as many windows of a second text",
+    "perplexity_chats": "on as many windows of chats that the dense model has written",
     "perplexity_before": "the same before fine-tuning",
     "top1": "fraction of the evaluation images that are classified correctly",
     "top1_uncorrected": "the same without the correction of BatchNorm statistics",
@@ -160,7 +161,7 @@ def read(file):
     return Result(**fields)
 
 
-SCORES = ("perplexity", "perplexity_second", "top1", "divergence", "spearman")
+SCORES = ("perplexity", "perplexity_second", "perplexity_chats", "top1", "divergence", "spearman")
 """Quantities that another draw of the calibration data changes."""
 
 

@@ -646,6 +646,32 @@ def own_text():
     return grid("perplexity", cells) + source([*own, *web])
 
 
+CALIBRATED_ON = {
+    "text": "web text",
+    "chats": "chats",
+    "both": "web text and chats",
+    "rows": "chats, one in each window",
+}
+
+
+def chats():
+    """Perplexity of a chat model on chats and on WikiText-2, after calibration on either."""
+    results = in_order(read_table("chats"))
+    dense = dense_of(results)
+    groups = {("(dense)", dense.method): [dense]}
+    for (key, heading), run in product(CALIBRATED_ON.items(), results):
+        if run.case.get("calibration") == key:
+            groups.setdefault((heading, run.method), []).append(run)
+
+    cells = []
+    for quantity, text in (("perplexity_chats", "chats"), ("perplexity", "WikiText-2")):
+        for (heading, method), runs in groups.items():
+            mean = replace(runs[0], measured=runs[0].measured | over_draws(runs))
+            for shown in ("wanda", "balanced") if method == "dense" else (method,):
+                cells.append((heading, f"{text}, {LABELS[shown]}", number(mean, quantity, "#.4g")))
+    return grid("calibrated on", cells) + source(results)
+
+
 def experts():
     """Perplexity of a small mixture without some of its experts, and divergence from it."""
     results = read_table("experts")
@@ -834,6 +860,7 @@ _TABLES = (
     draws,
     encoder_draws,
     own_text,
+    chats,
     experts,
     mixtures,
     training,

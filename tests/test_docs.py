@@ -65,6 +65,7 @@ def folder(tmp_path_factory):
     save_llama_of_bytes(folder / "folder")
     tokenizer = AutoTokenizer.from_pretrained(folder / "folder")
     tokenizer.bos_token = "A"  # after which `sample_windows` writes
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
     tokenizer.save_pretrained(folder / "folder")
     model = AutoModelForCausalLM.from_pretrained(folder / "folder")
     prune(model, sparsity=0.5, method="magnitude", progress=False)

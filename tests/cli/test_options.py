@@ -144,7 +144,10 @@ prune -x -> Unknown option: -x.
 prune --solver admm --criterion ria -> criterion='ria' cannot be combined with solver='admm'
 prune --save '' -> --save must not be empty.
 prune --calibration gone.txt -> text must be an existing file, but there is no gone.txt. Check the path.
-prune --calibration gone -> Invalid value "gone" for --calibration. text must be one of c4, wikitext2
+prune --calibration gone -> for --calibration. text must be one of c4, wikitext2
+prune --calibration python-docs,gone.jsonl -> text must be an existing file, but there is no gone.jsonl.
+prune --calibration '' -> for --calibration. text must be one of c4, wikitext2
+prune --packing rows -> Invalid value "rows" for --packing. Choose from
 prune --stream --eval_zero_shot --save_model x -> --eval_zero_shot must be left out for --stream
 prune --device cuda -> --device must be left out for pruning without --stream
 prune --shrink --stream -> --shrink, --stream must be left out for a command without --save_model

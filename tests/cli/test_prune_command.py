@@ -1,6 +1,8 @@
 """`wanda-lightning prune`: the flags of the reference; what it writes is measured again by hand."""
 
 import itertools
+import json
+import math
 import os
 import re
 import shlex
@@ -10,6 +12,7 @@ import sys
 from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import timm
@@ -33,7 +36,7 @@ from support.quantized import fp8
 from support.reports import Page
 from transformers import AutoModelForCausalLM
 
-from wanda_lightning import PruningReport
+from wanda_lightning import CausalLMModule, PruningReport, TextDataModule, prune
 from wanda_lightning.cli import parse_options
 from wanda_lightning.cli.sample_text import PROMPTS
 from wanda_lightning.report import Measured
@@ -354,6 +357,72 @@ def test_a_streamed_run_that_was_interrupted_goes_on(streamed_options, monkeypat
     assert run(*command) == 0
     assert not Path("out/model/.pruning_progress.json").exists()
     assert report_in("out").sparsity == 0.5
+
+
+@pytest.fixture
+def chats(inputs, text):
+    """The options of a run that calibrates on chats and text, and measures on the chats; `model` has a template."""
+    shutil.copytree(inputs / "llama", "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained("model")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    tokenizer.save_pretrained("model")
+    words = (inputs / "long.txt").read_text().split()
+    lines = []
+    for number in range(12):  # most of them shorter than a window
+        content = " ".join(words[: 2 + number // 3])
+        lines.append(json.dumps({"messages": [{"role": "user", "content": content}]}))
+    Path("chats.jsonl").write_text("\n".join(lines))
+    sources = ["--calibration", f"chats.jsonl,{inputs}/other.txt", "--evaluation", "chats.jsonl"]
+    return [*text, "--model", "model", "--method", "wanda", *sources]
+
+
+@pytest.mark.parametrize("packing", ["windows", "none"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_command_calibrates_on_chats_and_text(inputs, chats, stream, packing):
+    more = ["--stream"] if stream else []
+    assert run(*chats, "--packing", packing, *more, *OUT) == 0
+    module = CausalLMModule("model")
+    sources = ["chats.jsonl", f"{inputs}/other.txt"]
+    data = TextDataModule(
+        module.tokenizer, sources, "chats.jsonl", SEQLEN, 4, limit=6, packing=packing
+    )
+    described = data.describe_calibration(4)
+    assert described.startswith("chats.jsonl (")
+    assert report_in("out").run.calibration == described
+    assert described.replace(f"{inputs}/", "") in Path("out/model/README.md").read_text()
+    prune(module.model, data.calibration_dataloader(), 0.5, method="wanda", progress=False)
+    written = AutoModelForCausalLM.from_pretrained("out/model")
+    for name, is_zero in zeros_by_layer(written).items():
+        assert torch.equal(is_zero, zeros_by_layer(module.model)[name]), name
+
+    windows = data.evaluation_windows
+    assert windows.shape == (6, SEQLEN)
+    losses = [written(ids[None], labels=ids[None]).loss.item() for ids in windows]
+    assert report_in("out").run.after == pytest.approx(math.exp(fmean(losses)), rel=1e-5)
+
+
+def test_a_streamed_run_on_chats_goes_on_only_with_the_same_packing(chats, monkeypatch, capsys):
+    command = [*chats, "--stream", *OUT]
+    calls = itertools.count()
+
+    def interrupt(*arguments, **options):
+        if next(calls) == 1:  # after the chats by the dense model
+            signal.raise_signal(signal.SIGINT)
+        return measured_from_disk(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("wanda_lightning.cli.prune_command.measured_from_disk", interrupt)
+        assert run(*command) == 130
+    assert run(*command, "--packing", "none") == 2
+    assert "begun with other choices, data or weights: calibration data" in capsys.readouterr().err
+    monkeypatch.setattr(StreamedWeights, "visits", None)  # nothing is pruned again
+    assert run(*command) == 0
+
+
+def test_packing_is_for_chats(text, images, refused):
+    refused(*text, "--packing", "none", message="packing='none' needs chats, but ")
+    message = "--packing must be left out for an image classifier"
+    refused(*images, "--packing", "none", message=message)
 
 
 def test_a_folder_that_is_not_empty(text, refused):

@@ -21,8 +21,8 @@ from support.modules import tiny_llama
 from support.refusals import refuses
 
 from wanda_lightning import TextDataModule
-from wanda_lightning.data.text import draw_from_documents
 from wanda_lightning.data.text_sources import python_docs
+from wanda_lightning.data.windows import draw_from_documents
 from wanda_lightning.modules import CausalLMModule
 
 
@@ -151,7 +151,7 @@ def test_a_tokenizer_that_cannot_be_found_is_refused_before_anything_is_read(tmp
         ),
         (
             {"calibration": ["a", 1]},
-            r"^calibration must be .* a list of strings or a .*Dataset, but it is \['a', 1\]",
+            r"^calibration must be .* a list of strings or a .*Dataset, or .*, but it is \['a', 1\]",
         ),
         (
             {"evaluation": ["one line\nand another"]},

@@ -135,7 +135,7 @@ def test_bad_files_are_refused_when_read(tmp_path, tokenizer, name, content, cau
     [
         ({"body": ["a"]}, "columns body, and 'text' is missing"),
         ({"text": [5]}, "is int64"),
-        ({"text": ["a", None]}, "or not in each row"),
+        ({"text": ["a", None]}, "row 2 has no text"),
     ],
 )
 def test_tables_have_a_column_of_text(tmp_path, tokenizer, rows, found):

@@ -160,7 +160,7 @@ def _ignored(models: Model, values: Kwargs) -> Iterator[tuple[str, str]]:
         yield f"--pattern {pattern}", "shrink"
     if values.get("stream"):
         yield "--stream", "eval_zero_shot"
-        if values.get("calibration") == "self":
+        if "self" in values.get("calibration", ()):
             yield "--stream", "calibration"
     else:
         yield "pruning without --stream, which uses a GPU if there is one", "device"
@@ -172,16 +172,16 @@ def _ignored_by_kind(models: Model, values: Kwargs) -> Iterator[tuple[str, str]]
     if models.is_image:
         yield (
             "an image classifier",
-            "seqlen limit dtype revision trust_remote_code tasks_dir tasks stream calibration eval_zero_shot",
+            "seqlen limit dtype revision trust_remote_code tasks_dir tasks stream calibration packing eval_zero_shot",
         )
         if values.get("evaluation"):  # an empty one says that nothing is measured
             yield "an image classifier", "evaluation"
     elif models.is_embedding:
         yield (
             "an embedding model",
-            "data checkpoint seqlen dtype tasks_dir tasks stream eval_zero_shot",
+            "data checkpoint seqlen dtype tasks_dir tasks stream packing eval_zero_shot",
         )
-        if values.get("calibration") == "self":
+        if "self" in values.get("calibration", ()):
             yield "an embedding model", "calibration"
     else:
         yield "a language model", "data checkpoint"

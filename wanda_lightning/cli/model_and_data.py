@@ -38,7 +38,7 @@ def data_for(
         )
         images.setup()
         return images
-    calibration = getattr(data, "calibration", "python-docs")
+    calibration = ",".join(getattr(data, "calibration", ("python-docs",)))
     if options.is_embedding:
         sentences = SentenceDataModule(
             calibration=calibration,
@@ -62,6 +62,7 @@ def data_for(
         limit=data.limit,
         seed=seed,
         cache_dir=options.cache_dir,
+        packing=getattr(data, "packing", "windows"),
     )
 
 

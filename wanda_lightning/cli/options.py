@@ -59,6 +59,11 @@ def _known_texts(type_: Any, texts: Any) -> None:
             check_source(text)
 
 
+def _known_calibration(type_: Any, texts: Any) -> None:
+    """Refuse an unknown text, and none at all."""
+    _known_texts(type_, texts or [""])
+
+
 class _File(Yaml):
     """A YAML file with options, which are read as text, since YAML reads 2:4 as 124; null stands for the default."""
 
@@ -302,9 +307,12 @@ default), or a FILE.csv with sentence1, sentence2 and score. An empty text: meas
 class Data(_Measured):
     """Data that `prune` calibrates and measures on."""
 
-    calibration: Annotated[str, Parameter(validator=_known_texts)] = "c4"
-    """Text to calibrate on: c4, wikitext2, python-docs, sklearn-docs (these two need no network), the id of a data set
-on the hub (OWNER/NAME), a FILE (.txt, .jsonl, .parquet); or self, what the dense model writes."""
+    calibration: Annotated[_Names, Parameter(validator=_known_calibration)] = ("c4",)
+    """Texts or chats to calibrate on, with commas for equal shares: c4, wikitext2, python-docs, sklearn-docs (these two
+need no network), the id of a data set on the hub (OWNER/NAME), a FILE (.txt, .jsonl, .parquet) with text or
+messages; or self, what the dense model writes."""
+    packing: Literal["windows", "none"] = "windows"
+    """Chats to calibrate on: windows joins them and cuts windows, as for text; none: each is a row, cut at --seqlen."""
     num_samples: Annotated[_Count | None, Parameter(alias="--nsamples")] = None
     """Number of calibration samples; by default 128 sequences or 4096 images, as in the paper, or 1024 sentences."""
     seed: Annotated[

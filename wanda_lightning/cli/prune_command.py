@@ -285,7 +285,7 @@ def _calibration(config: PruningConfig, module: Any, source: AnyData) -> Any:
             module.model, module.tokenizer, source.num_samples, source.seqlen, seed=source.seed
         )
         return DataLoader(windows, source.batch_size)  # type: ignore[arg-type]
-    module.check_tokens(source.calibration_windows)
+    module.check_tokens(source.calibration_windows.clamp(min=0))  # -1 is padding
     return source.calibration_dataloader()
 
 

@@ -15,6 +15,7 @@ from wanda_lightning.common.checks import SEED, check_at_least, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.text_features import SENTENCES, reads_texts, text_features
 from wanda_lightning.common.wording import quantity
+from wanda_lightning.data.chats import Chats
 from wanda_lightning.data.loaders import silence_worker_advice, training_loader
 from wanda_lightning.data.sentence_pairs import (
     STSB,
@@ -24,7 +25,7 @@ from wanda_lightning.data.sentence_pairs import (
     draw_sentences,
     read_pairs,
 )
-from wanda_lightning.data.text_sources import SELF, calibration_source, check_source, named
+from wanda_lightning.data.text_sources import SELF, Texts, calibration_source, check_source, named
 
 Batches = DataLoader[Any]
 
@@ -37,7 +38,8 @@ class SentenceDataModule(L.LightningDataModule):
 
     Args:
         model: A SentenceTransformer, which tokenizes the texts; by default that of the module that the Trainer runs.
-        calibration: Text to cut into sentences, with the choices of `TextDataModule` except self.
+        calibration: Text to cut into sentences, with the choices of `TextDataModule` except self, chats and several
+            texts.
         evaluation: stsb (the test split of STS-B, from the hub), or a .csv file with the columns sentence1, sentence2
             and score, or with three columns in this order.
         train: Pairs to train on: stsb (its training split), or such a file.
@@ -96,8 +98,7 @@ class SentenceDataModule(L.LightningDataModule):
     @cached_property
     def calibration_sentences(self) -> list[str]:
         """The sentences to calibrate on, in the order in which they were drawn."""
-        text = calibration_source(self._text, self.cache_dir)
-        sentences = draw_sentences(text, self.num_samples, self.seed)
+        sentences = draw_sentences(self._read_text(), self.num_samples, self.seed)
         if not sentences:
             raise UserError(
                 f"calibration must have a sentence of at least five words, but {self.calibration} has none."
@@ -108,14 +109,21 @@ class SentenceDataModule(L.LightningDataModule):
     def train_pieces(self) -> list[str]:
         """The pieces of the calibration text to train on; in one process, those of a batch have equally many words."""
         assert self.train_samples is not None
-        text = calibration_source(self._text, self.cache_dir)
-        pieces = draw_pieces(text, self.train_samples, self.seed, self.batch_size)
+        pieces = draw_pieces(self._read_text(), self.train_samples, self.seed, self.batch_size)
         if not pieces:
             raise UserError(
                 f"calibration must have a text of at least 14 words to train on pieces of it, but {self.calibration} "
                 "has none."
             )
         return pieces
+
+    def _read_text(self) -> Texts:
+        content = calibration_source(self._text, self.cache_dir)
+        if isinstance(content, Chats):
+            raise UserError(
+                f"calibration must be a text to cut into sentences, but {self.calibration} has chats."
+            )
+        return content
 
     @cached_property
     def evaluation_pairs(self) -> list[Pair]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import lightning as L
 import torch
@@ -18,23 +17,32 @@ from wanda_lightning.common.checks import SEED, check_at_least, check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
 from wanda_lightning.common.wording import quantity
+from wanda_lightning.data.chats import PADDING, Chats
 from wanda_lightning.data.loaders import silence_worker_advice, training_loader
 from wanda_lightning.data.own_text import sample_windows
 from wanda_lightning.data.text_sources import (
     OWN_TEXT,
     SELF,
+    Texts,
     calibration_source,
     evaluation_text,
     named,
+    split_sources,
+)
+from wanda_lightning.data.windows import (
+    cut,
+    draw_from_chats,
+    draw_from_documents,
+    draw_from_text,
 )
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Tokens = Sequence[int]
 Batches = DataLoader[dict[str, Tensor]]
 
 _C4_EVALUATION_WINDOWS = 256
+_PACKINGS = {"windows": "joined chats", "none": "chats, one in each window"}
 _SAMPLE = (
     "Tokenizers of one kind split this in the same way: "
     "1,234\n\tdef \u00e9t\u00e9(x): return x**2  # \u65e5\u672c"
@@ -44,14 +52,18 @@ _SAMPLE = (
 class TextDataModule(L.LightningDataModule):
     """Windows of `seqlen` tokens, drawn at random for calibration and training, adjacent for perplexity.
 
-    A batch is `{"input_ids": (batch, seqlen)}`, int64; all windows are full, so there is no attention mask. A seed
-    draws the same windows as the code of Sun et al. 2024:
+    A batch is `{"input_ids": (batch, seqlen)}`, int64. All windows are full, so there is no attention mask, except for
+    chats with `packing="none"`. A seed draws the same windows of text as the code of Sun et al. 2024:
 
     - calibration on documents (c4, .jsonl, .parquet, a hub data set, a list): draw documents until one is longer than
       `seqlen`, then draw the start of the window in it;
     - calibration on one text (wikitext2, python-docs, .txt): draw the start of the window;
     - evaluation: join the documents to one text, cut it into windows and drop the rest. c4 stands for the first 1100
       documents of the validation file, and at most 256 windows.
+
+    Chats are rows with `messages` and perhaps `tools`, but no `text`. The chat template of the tokenizer writes them,
+    with all special tokens. For calibration, the seed draws their order; for evaluation, they are joined in their own
+    order and cut into windows.
 
     Each process of a Trainer reads and tokenizes each text once. The parts of python-docs for calibration and
     evaluation have no paragraph in common; a file is read whole for both. Text like that of the calibration flatters a
@@ -62,8 +74,10 @@ class TextDataModule(L.LightningDataModule):
             module that the Trainer runs.
         calibration: c4, wikitext2, python-docs, sklearn-docs (the descriptions of scikit-learn's data sets; these two
             need no network); a .txt file, which is one text; a .jsonl or .parquet file, the id of a hub data set
-            (OWNER/NAME) or a `datasets.Dataset` with documents in the column `text`; or a list of documents. Or self:
-            what the dense model writes (see `sample_windows`) when the windows are first used.
+            (OWNER/NAME) or a `datasets.Dataset` with documents in the column `text`, or with chats; or a list of
+            documents or of chats. Several of them, as a list or as names with commas, have equal shares of the
+            windows and take turns; the first ones have one window more if the number is odd. Or self: what the dense
+            model writes (see `sample_windows`) when the windows are first used.
         evaluation: Text for perplexity, with the same choices except self; of a hub data set, the split `validation` or
             else `test`. It may be a list of several, so a list of documents is in a list: `[documents]`. Each has a
             dataloader of its own, and `val_perplexity` is the perplexity of the first.
@@ -74,9 +88,12 @@ class TextDataModule(L.LightningDataModule):
         seed: Seed of the drawn windows and of the shuffling for training.
         cache_dir: Folder for downloads from the hub.
         train_samples: Number of training windows, of which the calibration windows are the first; by default the same.
+        packing: What happens to chats for calibration and training. `"windows"` joins them and cuts windows, as for
+            text. With `"none"`, each begins a row of its own, is cut at `seqlen`, and padded if it is shorter.
 
     Raises:
-        ValueError: For a number out of range, an unknown source, or a source that is damaged or too short.
+        ValueError: For a number out of range, an unknown source, a source that is damaged or too short, or a chat that
+            the tokenizer's template cannot write.
         OSError: For a tokenizer that does not exist, or if the hub cannot be reached.
     """
 
@@ -94,6 +111,7 @@ class TextDataModule(L.LightningDataModule):
         seed: int = 0,
         cache_dir: str | None = None,
         train_samples: int | None = None,
+        packing: Literal["windows", "none"] = "windows",
     ) -> None:
         super().__init__()
         if train_samples is None:
@@ -105,14 +123,28 @@ class TextDataModule(L.LightningDataModule):
         if limit is not None:
             check_at_least(1, limit=limit)
         check_values(SEED, seed=seed)
+        check_values((*_PACKINGS,), packing=packing)
         if isinstance(tokenizer, str | os.PathLike):
             ModelSource(tokenizer).locate()
         self._given_tokenizer = tokenizer
 
-        self.calibration, self._calibration_source = named(calibration, "calibration")
+        sources = [named(source, "calibration") for source in split_sources(calibration)]
+        self.calibrations = tuple(name for name, _ in sources)
+        self._calibration_sources = [source for _, source in sources]
+        self.calibration = ",".join(self.calibrations)
+        if SELF in self.calibrations and (len(sources) > 1 or packing == "none"):
+            raise UserError(
+                f"calibration='self' takes no other texts and no packing, but calibration is {self.calibration} and "
+                f"packing is {packing}."
+            )
+        if num_samples < len(sources):
+            raise UserError(
+                f"num_samples must be at least the number of texts in calibration, {len(sources)}, but it is "
+                f"{num_samples}."
+            )
         self._evaluation_sources: Kwargs = {}
         if not isinstance(evaluation, list | tuple):
-            evaluation = [evaluation]
+            evaluation = split_sources(evaluation)
         for text in evaluation:
             name, source = named(text, "evaluation")
             if name in self._evaluation_sources and name != source:  # another list of documents
@@ -128,6 +160,7 @@ class TextDataModule(L.LightningDataModule):
         self.seed = seed
         self.cache_dir = cache_dir
         self.train_samples = train_samples
+        self.packing = packing
         # Windows for training, which begin with those for calibration.
         self._drawn = torch.empty(0, seqlen, dtype=torch.long)
         self._cut: dict[str, Tensor] = {}  # by the name of the text
@@ -154,12 +187,12 @@ class TextDataModule(L.LightningDataModule):
 
     @property
     def calibration_windows(self) -> Tensor:
-        """Token ids of shape (num_samples, seqlen), in the order in which they were drawn."""
+        """Token ids of shape (num_samples, seqlen), in the order in which they were drawn; -1 is padding."""
         return self._windows(self.num_samples)
 
     @property
     def train_windows(self) -> Tensor:
-        """Token ids of shape (train_samples, seqlen), in the order in which they were drawn."""
+        """Token ids of shape (train_samples, seqlen), in the order in which they were drawn; -1 is padding."""
         return self._windows(self.train_samples)
 
     def _windows(self, count: int) -> Tensor:
@@ -177,11 +210,37 @@ class TextDataModule(L.LightningDataModule):
                 )
             return sample_windows(model, self.tokenizer, count, self.seqlen, seed=self.seed)
 
-        content = calibration_source(self._calibration_source, self.cache_dir)
-        drawing = (self.seqlen, count, self.seed, self.calibration)
+        contents = self._calibration_contents
+        if self.packing == "none" and not self._has_rows:
+            raise UserError(
+                f"packing='none' needs chats, but {self.calibration} is text, of which all windows are full. Leave it "
+                "out."
+            )
+        windows = torch.empty(count, self.seqlen, dtype=torch.long)
+        for number, (name, content) in enumerate(zip(self.calibrations, contents, strict=True)):
+            places = windows[number :: len(contents)]  # sources take turns
+            places.copy_(self._draw_from(content, len(places), name))
+        return windows
+
+    def _draw_from(self, content: Texts | Chats, count: int, name: str) -> Tensor:
+        if isinstance(content, Chats):
+            return draw_from_chats(
+                content, self.tokenizer, self.seqlen, count, self.seed, self.packing
+            )
+        drawing = (self.seqlen, count, self.seed, name)
         if isinstance(content, str):
             return draw_from_text(self._tokenize(content), *drawing)
         return draw_from_documents(content, self._tokenize, *drawing)
+
+    @cached_property
+    def _calibration_contents(self) -> list[Texts | Chats]:
+        return [calibration_source(each, self.cache_dir) for each in self._calibration_sources]
+
+    @property
+    def _has_rows(self) -> bool:
+        """Whether calibration windows may be shorter than `seqlen`."""
+        has_chats = any(isinstance(content, Chats) for content in self._calibration_contents)
+        return self.packing == "none" and has_chats
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the windows that the model has written so far: a resumed run cannot have them written again."""
@@ -203,7 +262,11 @@ class TextDataModule(L.LightningDataModule):
         """Return the token ids of a text for evaluation, of shape (windows, seqlen), in the order of the text."""
         if source not in self._cut:
             text = evaluation_text(self._evaluation_sources[source], self.cache_dir)
-            windows = cut(self._tokenize(text), self.seqlen, self.limit, source)
+            if isinstance(text, Chats):
+                ids = text.joined(self.tokenizer, self.limit and self.limit * self.seqlen)
+            else:
+                ids = self._tokenize(text)
+            windows = cut(ids, self.seqlen, self.limit, source)
             self._cut[source] = windows[:_C4_EVALUATION_WINDOWS] if source == "c4" else windows
         return self._cut[source]
 
@@ -229,14 +292,23 @@ class TextDataModule(L.LightningDataModule):
 
     def _check_tokens(self, windows: Tensor) -> Tensor:
         if hasattr(self._module, "check_tokens"):
-            self._module.check_tokens(windows)
+            self._module.check_tokens(windows.clamp(min=0))
         return windows
 
     def describe_calibration(self, num_samples: int) -> str:
         """Return the source, the number and length of the windows, and the seed that drew them."""
-        source = OWN_TEXT if self.calibration == SELF else self.calibration
+        names = [OWN_TEXT]
+        at_most = ""
+        if self.calibration != SELF:
+            names = list(map(self._described, self.calibrations, self._calibration_contents))
+            at_most = "at most " if self._has_rows else ""
         count = quantity(min(num_samples, self.num_samples), "window")
-        return f"{source}, {count} of {self.seqlen:,} tokens, seed {self.seed}"
+        equally = " in equal shares" if len(names) > 1 else ""
+        size = f"{at_most}{self.seqlen:,} tokens"
+        return f"{' and '.join(names)}, {count}{equally} of {size}, seed {self.seed}"
+
+    def _described(self, name: str, content: Texts | Chats) -> str:
+        return f"{name} ({_PACKINGS[self.packing]})" if isinstance(content, Chats) else name
 
     def describe_evaluation(self, number: int = 0) -> str:
         """Return the source of the text with this number, and the number and length of its windows."""
@@ -249,7 +321,7 @@ class TextDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> Batches:
         """Return the training windows, shuffled anew in each epoch."""
-        return training_loader(self, _rows(self.train_windows))
+        return training_loader(self, _rows(self.train_windows), collate_fn=_batch)
 
     def val_dataloader(self) -> Batches | list[Batches]:
         """Return the evaluation windows, in the order of the text; a list of dataloaders for several texts."""
@@ -259,7 +331,7 @@ class TextDataModule(L.LightningDataModule):
     test_dataloader = predict_dataloader = val_dataloader
 
     def _loader(self, windows: Tensor) -> Batches:
-        return DataLoader(_rows(windows), batch_size=self.batch_size)
+        return DataLoader(_rows(windows), self.batch_size, collate_fn=_batch)
 
 
 def _rows(windows: Tensor) -> Any:
@@ -268,74 +340,12 @@ def _rows(windows: Tensor) -> Any:
     return [{"input_ids": window} for window in windows]
 
 
-def draw_from_text(ids: Tokens, seqlen: int, num_samples: int, seed: int, source: str) -> Tensor:
-    """Draw windows that start anywhere in one text, as token ids of shape (num_samples, seqlen).
-
-    `random.Random(seed)` draws the same windows as the reference code does for WikiText-2. Errors name the `source`.
-    """
-    _refuse_short(ids, seqlen, seqlen + 1, source)
-    rng = random.Random(seed)
-    windows = [_draw_window(ids, seqlen, rng) for _ in range(num_samples)]
-    return torch.tensor(windows, dtype=torch.long)
-
-
-def _refuse_short(ids: Tokens, seqlen: int, needed: int, source: str) -> None:
-    if len(ids) < needed:
-        raise UserError(
-            f"seqlen={seqlen} needs a text of at least {needed} tokens, but {source} has {len(ids)}. Choose a "
-            "smaller seqlen or a longer text."
-        )
-
-
-def _draw_window(ids: Tokens, seqlen: int, rng: random.Random) -> Tokens:
-    """Draw a window that does not end with the last token, as in the reference code."""
-    start = rng.randint(0, len(ids) - seqlen - 1)
-    return ids[start : start + seqlen]
-
-
-def draw_from_documents(
-    documents: Sequence[str],
-    tokenize: Callable[[str], Tokens],
-    seqlen: int,
-    num_samples: int,
-    seed: int,
-    source: str,
-) -> Tensor:
-    """Draw windows from documents, as token ids of shape (num_samples, seqlen).
-
-    For each window, draw documents until one is longer than `seqlen`, then draw where the window starts in it.
-    `random.Random(seed)` draws the same windows as the reference code does for C4. Only drawn documents are tokenized.
-    """
-    rng = random.Random(seed)
-    lengths: dict[int, int] = {}  # in tokens, of the documents that were drawn and are too short
-    windows: list[Tokens] = []
-    while len(windows) < num_samples:
-        # The reference code would draw forever.
-        if len(lengths) == len(documents):
-            raise UserError(
-                f"seqlen={seqlen} needs a document of at least {seqlen + 1} tokens, but the longest of the "
-                f"{len(documents)} documents of {source} has {max(lengths.values(), default=0)}. Choose a smaller "
-                "seqlen, or give a .txt file, which is read as one text."
-            )
-
-        index = rng.randint(0, len(documents) - 1)
-        if index in lengths:
-            continue
-        ids = tokenize(documents[index])
-        if len(ids) > seqlen:
-            windows.append(_draw_window(ids, seqlen, rng))
-        else:
-            lengths[index] = len(ids)
-    return torch.tensor(windows, dtype=torch.long)
-
-
-def cut(ids: Tokens, seqlen: int, limit: int | None, source: str) -> Tensor:
-    """Cut a text into adjacent windows for perplexity, at most `limit`, and drop the rest at the end.
-
-    >>> cut([1, 2, 3, 4, 5, 6, 7], seqlen=3, limit=None, source="a.txt")
-    tensor([[1, 2, 3],
-            [4, 5, 6]])
-    """
-    _refuse_short(ids, seqlen, seqlen, source)
-    count = len(ids) // seqlen
-    return torch.tensor(ids[: count * seqlen], dtype=torch.long).view(count, seqlen)[:limit]
+def _batch(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the windows of a batch, with an attention mask if one is shorter than another."""
+    windows = torch.stack([row["input_ids"] for row in rows])
+    is_token = windows != PADDING
+    longest = is_token.sum(dim=1).amax()
+    batch = {"input_ids": windows.clamp(min=0)[:, :longest]}
+    if not is_token[:, :longest].all():
+        batch["attention_mask"] = is_token[:, :longest].long()
+    return batch

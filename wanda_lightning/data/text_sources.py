@@ -9,6 +9,7 @@ from typing import Any
 from wanda_lightning.common.checks import require_extra
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.wording import did_you_mean
+from wanda_lightning.data.chats import Chats, chats_in_jsonl, is_chat
 from wanda_lightning.data.dataset_files import EXTENSIONS, is_hub_id, load
 
 SELF = "self"  # the name of the text that the model itself writes
@@ -50,21 +51,49 @@ def check_source(source: str, option: str = "text") -> None:
         )
 
 
-def documents_in(texts: Any, option: str) -> Sequence[str]:
-    """Return a list of strings as it is, or the column `text` of a data set; errors begin with the option."""
+def documents_in(texts: Any, option: str) -> Sequence[str] | Chats:
+    """Return a list of strings as it is, the column `text` of a data set, or the chats in rows with `messages`.
+
+    Errors begin with the option.
+    """
     if hasattr(texts, "column_names"):  # a datasets.Dataset
+        if is_chat(texts.features):
+            return Chats(texts, option, is_table=True)
         kind = getattr(texts.features.get("text"), "dtype", "missing")
-        if kind not in ("string", "large_string") or texts.data.column("text").null_count:
+        wrong = "" if kind in ("string", "large_string") else f"'text' is {kind}"
+        if not wrong and texts.data.column("text").null_count:
+            wrong = f"row {1 + [*texts['text']].index(None)} has no text"
+        if wrong:
             raise UserError(
-                f"{option} must have a column 'text' with a string in each row, but it has the columns "
-                f"{', '.join(texts.column_names)}, and 'text' is {kind} or not in each row."
+                f"{option} must have a column 'text' with a string in each row, or 'messages', but it has the columns "
+                f"{', '.join(texts.column_names)}, and {wrong}."
             )
         return texts["text"]
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
-        raise UserError(
-            f"{option} must be the name of a text, a list of strings or a datasets.Dataset, but it is {texts!r:.200}."
-        )
-    return texts
+    if isinstance(texts, list | tuple):
+        if all(isinstance(text, str) for text in texts):
+            return texts
+        if is_chat(texts[0]):
+            return Chats(texts, _IN_MEMORY)
+    raise UserError(
+        f"{option} must be the name of a text, a list of strings or a datasets.Dataset, or a list of rows with "
+        f"messages, but it is {texts!r:.200}."
+    )
+
+
+def split_sources(texts: Any) -> list[Any]:
+    """Return each of several sources: names with commas, or a list of which each item is a source of its own."""
+    if isinstance(texts, str) and not Path(texts).expanduser().exists():
+        return [*map(str.strip, texts.split(","))]
+    if isinstance(texts, list | tuple) and texts and all(map(_is_source, texts)):
+        return [*texts]
+    return [texts]
+
+
+def _is_source(item: object) -> bool:
+    """Whether an item of a list is a source, and not a document."""
+    if isinstance(item, str):
+        return item in (*_NAMES, SELF) or item.endswith(EXTENSIONS) or is_hub_id(item)
+    return isinstance(item, os.PathLike | list | tuple) or hasattr(item, "column_names")
 
 
 def named(texts: Any, option: str) -> tuple[str, Any]:
@@ -79,22 +108,26 @@ def named(texts: Any, option: str) -> tuple[str, Any]:
     return name, name
 
 
-def calibration_source(source: Any, cache_dir: str | None = None) -> Texts:
-    """Return one text, or a sequence of documents, from which calibration windows are drawn."""
+def calibration_source(source: Any, cache_dir: str | None = None) -> Texts | Chats:
+    """Return one text, or a sequence of documents or chats, from which calibration windows are drawn."""
     content = _read(source, "calibration", cache_dir)
-    return " ".join(content) if source == "wikitext2" else content
+    if source == "wikitext2" and not isinstance(content, Chats):
+        return " ".join(content)
+    return content
 
 
-def evaluation_text(source: Any, cache_dir: str | None = None) -> str:
-    """Return the text on which perplexity is measured."""
+def evaluation_text(source: Any, cache_dir: str | None = None) -> str | Chats:
+    """Return the text, or the chats, on which perplexity is measured."""
     content = _read(source, "evaluation", cache_dir)
+    if isinstance(content, str | Chats):
+        return content
     if source == "c4":
         return " ".join(content[:_C4_EVALUATION_DOCUMENTS])
-    return content if isinstance(content, str) else "\n\n".join(content)
+    return "\n\n".join(content)
 
 
-def _read(source: Any, purpose: str, cache_dir: str | None) -> Texts:
-    """Return the text or the documents for "calibration" or "evaluation"."""
+def _read(source: Any, purpose: str, cache_dir: str | None) -> Texts | Chats:
+    """Return the text, the documents or the chats for "calibration" or "evaluation"."""
     try:
         return _content(source, purpose, cache_dir)
     except OSError as error:
@@ -106,7 +139,7 @@ def _read(source: Any, purpose: str, cache_dir: str | None) -> Texts:
         ) from error.__cause__
 
 
-def _content(source: Any, purpose: str, cache_dir: str | None) -> Texts:
+def _content(source: Any, purpose: str, cache_dir: str | None) -> Texts | Chats:
     if not isinstance(source, str):
         return documents_in(source, _IN_MEMORY)
     if source == "python-docs":
@@ -128,12 +161,18 @@ def _content(source: Any, purpose: str, cache_dir: str | None) -> Texts:
             verification_mode="no_checks",
         )["text"]
 
+    if source.endswith(".jsonl"):
+        chats = chats_in_jsonl(source)
+        if chats is not None:
+            return chats
     data = load(source, cache_dir=cache_dir)
+    if source.endswith(".txt"):
+        text: str = data["text"][0]
+        return text
     if Path(source).suffix in EXTENSIONS:
-        documents = documents_in(data, source)
-        return documents[0] if source.endswith(".txt") else documents
+        return documents_in(data, source)
     usual = [split for split in _HUB_SPLITS[purpose] if split in data]
-    return documents_in(data[[*usual, *data][0]], f"The data set {source}")
+    return documents_in(data[[*usual, *data][0]], source)
 
 
 def python_docs() -> dict[str, dict[str, str]]:
