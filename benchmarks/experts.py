@@ -1,8 +1,8 @@
 r"""Take experts out of a mixture: by REAP's score, by the loss, by how often they are used, by norms, and at random.
 
-    python recipes/llm/small_mixture.py --output out/small_mixture --steps 600
-    python benchmarks/experts.py --model out/small_mixture --calibration out/small_mixture_text/training.txt \
-        --eval out/small_mixture_text/heldout.txt --seqlen 256 --nsamples 64 --limit 128 \
+    python recipes/llm/small_mixture.py --output out/small_mixture_600 --steps 600
+    python benchmarks/experts.py --model out/small_mixture_600 --calibration out/small_mixture_600_text/training.txt \
+        --eval out/small_mixture_600_text/heldout.txt --seqlen 256 --nsamples 64 --limit 128 \
         --save benchmarks/results
 
 REAP's score and the loss are repeated with three draws of the calibration windows. It also prunes half of the weights
@@ -134,7 +134,7 @@ def main(options: Text, save: str = ""):
             runs(planned, lambda result=result: result)
             scores["uses"] = (ExpertSaliency.tokens, {})
             scores["norms"] = (by_norm, {})
-            scores["random"] = (at_random(0), {})
+            scores["random, seed 0"] = (at_random(0), {})
         for goal, (name, (score, arguments)) in product(GOALS, scores.items()):
             row = replace(
                 planned, method=name, sparsity=goal, pattern="experts", arguments=arguments

@@ -31,7 +31,9 @@ LABELS = {
     "loss": "effect on the loss",
     "uses": "number of routed tokens",
     "norms": "norm of the weights",
-    "random": "at random",
+    "random, seed 0": "at random, seed 0",
+    "random, seed 1": "at random, seed 1",
+    "random, seed 2": "at random, seed 2",
     "wanda": "Wanda",
     "wanda, row": "Wanda, within a row",
     "wanda, layer": "Wanda, within a layer",
@@ -673,16 +675,24 @@ def chats():
 
 
 def experts():
-    """Perplexity of a small mixture without some of its experts, and divergence from it."""
-    results = read_table("experts")
+    """Perplexity of a small mixture without some of its experts."""
+    results = [run for run in read_table("experts") if run.model == "small_mixture"]
+    dense = perplexity(dense_of(results))
+    return by_goals(f"perplexity (dense {dense})", results, perplexity) + source(results)
+
+
+def expert_scores():
+    """Perplexity and divergence of a mixture that was trained for fewer steps, over draws of the windows."""
+    results = [run for run in read_table("experts") if run.model == "small_mixture_600"]
     dense = perplexity(dense_of(results))
     by_row = {}
     for run in results:
-        by_row.setdefault((run.method, run.goal), []).append(run)
+        if run.pattern == "experts" or run.method == "dense":
+            by_row.setdefault((run.method, run.goal), []).append(run)
     rows = [
         replace(runs[0], measured=runs[0].measured | over_draws(runs)) for runs in by_row.values()
     ]
-    divergent = partial(number, quantity="divergence", form=".3f")
+    divergent = partial(number, quantity="divergence", form=".4f")
     tables = (
         by_goals(f"perplexity (dense {dense})", rows, perplexity),
         by_goals("KL divergence", rows, divergent),
@@ -862,6 +872,7 @@ _TABLES = (
     own_text,
     chats,
     experts,
+    expert_scores,
     mixtures,
     training,
     worth,
