@@ -185,7 +185,7 @@ def read_drawn(table):
 def _without_draw(run):
     """Return what a run and its repetitions have in common."""
     case = tuple(item for item in run.case.items() if item[0] != "draw")
-    return run.model, run.method, run.goal, case
+    return run.model, run.method, run.goal, case, run.calibration, run.evaluation
 
 
 def over_draws(runs):
