@@ -132,7 +132,7 @@ def _cells(size, method):
         f"{total:.1f}",
         _hours(size, total),
     ]
-    if ("memory", "fast") not in size.runs:
+    if ("memory", method) not in size.runs and method != "best":
         return [*cells, "", "", "", ""]
     beside = size.beside_gib(method)
     cells += [f"{beside:.1f}", f"{beside + size.weights_gib:.1f}"]
@@ -176,3 +176,21 @@ def size_runs():
         "GB written",
     )
     return markdown(headings, rows)
+
+
+def larger_models():
+    """What Llama 2 7B takes, in one paragraph."""
+    size = measured_sizes()["Llama 2 7B", "bfloat16"]
+    times = []
+    memory = []
+    for method in METHODS:
+        total = size.total(method)
+        times.append(f"`{method}` {total:.1f} ({_hours(size, total)} hours)")
+        memory.append(f"`{method}` {size.beside_gib(method):.0f}")
+    disk = [f"`{method}` {size.disk_gib(method):.0f}" for method in METHODS if method != "best"]
+    return (
+        f"Llama 2 7B in bfloat16 with the default {WINDOWS} windows of 2,048 tokens takes as long as so many forward "
+        f"passes over them: {', '.join(times)}, where the hours are those of one CPU core. GiB of memory beside the "
+        f"{size.weights_gib:.0f} of the weights: {', '.join(memory)}. With `--stream`, the whole process takes "
+        f"{', '.join(disk)} GiB; `best` needs the model in memory, except for N:M."
+    )
