@@ -71,18 +71,18 @@ class Size:
 
     def beside_gib(self, method, windows=WINDOWS):
         """Return the memory that pruning in memory needs beside the weights."""
-        slowest = "wanda" if method == "wanda" else "fast"
-        few, many = (self.runs[measures, slowest] for measures in ("time", "memory"))
-        step = many.case["windows"] - few.case["windows"]
-        slope = (many.measured["peak_mib"] - few.measured["peak_mib"]) / step
-        point = self.runs["memory", "balanced" if method == "best" else method]
+        point = self.runs["time", method]
+        # The methods but `wanda` let windows wait at the same layers.
+        like = "wanda" if method == "wanda" else "fast"
+        few, many = (self.runs[measures, like] for measures in ("time", "memory"))
+        more = many.case["windows"] - few.case["windows"]
+        slope = (many.measured["peak_mib"] - few.measured["peak_mib"]) / more
         return (point.measured["peak_mib"] + slope * (windows - point.case["windows"])) / GIB
 
     def disk_gib(self, method, windows=WINDOWS):
         """Return the memory of the process that prunes from disk."""
-        own = method if ("disk", method) in self.runs else "wanda"
-        few = self.runs["time", own].measured["peak_mib"]
-        rest = self.runs["disk", own].measured["peak_rss_mib"] - few
+        measured = self.runs["disk", "wanda"].measured["peak_rss_mib"]
+        rest = measured - self.runs["time", "wanda"].measured["peak_mib"]
         return rest / GIB + self.beside_gib(method, windows)
 
 
@@ -132,7 +132,7 @@ def _cells(size, method):
         f"{total:.1f}",
         _hours(size, total),
     ]
-    if ("memory", method) not in size.runs and method != "best":
+    if ("memory", "fast") not in size.runs:
         return [*cells, "", "", "", ""]
     beside = size.beside_gib(method)
     cells += [f"{beside:.1f}", f"{beside + size.weights_gib:.1f}"]

@@ -7,7 +7,7 @@ is linear in the number of blocks. In memory, the vocabulary has 1,024 tokens, s
 disk it is the model's own, and FOLDER needs 8 GB. Seconds are those of the processor, in one thread.
 
 A run times one block, from the moment before its first layer is pruned to the same moment in the next block. Solving is
-timed by itself. Runs with one iteration of ADMM measure memory, which does not depend on the number of iterations.
+timed by itself. Two numbers of windows show how memory grows.
 """
 
 import os
@@ -25,7 +25,7 @@ from measuring import MIB, cost_of, in_new_process, random_model, random_windows
 from result import Result, Runs, Samples
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
-from wanda_lightning import ADMM, Fisher, prune, prune_from_disk
+from wanda_lightning import Fisher, prune, prune_from_disk
 from wanda_lightning.masks.remove_weights import RemoveWeights
 
 LENGTH = 2048
@@ -63,22 +63,19 @@ SHAPES = {
         **HEADS,
     ),
 }
-ONE_ITERATION = {"solver": ADMM(iterations=1, refit_steps=1)}
 # The clock of the first block ends at the first layer of the second one, so no other layer there is solved.
 FIRST_BLOCK = {"only": ("model.layers.0", "model.layers.1.self_attn.q_proj")}
 BACKWARD = {"allocation": Fisher(num_samples=8, num_predictions=4096)}  # as in `best`
-FLOAT32 = (("time", "wanda"), ("time", "balanced"))
+FLOAT32 = (("time", "wanda"),)
 RUNS = (  # what a run measures, method, windows, further choices
     ("time", "wanda", 4, {}),
     ("time", "fast", 4, {}),
     ("time", "balanced", 4, FIRST_BLOCK),
     ("backward", "fast", 4, BACKWARD),
     ("disk", "wanda", 4, {}),
+    ("memory", "wanda", 12, {}),
     ("memory", "fast", 12, {}),
     ("time", "best", 4, FIRST_BLOCK),
-    ("memory", "balanced", 12, FIRST_BLOCK | ONE_ITERATION),
-    ("memory", "wanda", 12, {}),
-    ("disk", "balanced", 4, FIRST_BLOCK | ONE_ITERATION),
 )
 
 
