@@ -24,6 +24,11 @@ class Size:
     runs: dict
 
     @property
+    def methods(self):
+        """The methods that were timed."""
+        return [method for method in METHODS if ("time", method) in self.runs]
+
+    @property
     def weights_gib(self):
         """Size of the weights of the whole model."""
         return self.runs["time", "wanda"].measured["weights_mib"] / GIB
@@ -36,10 +41,8 @@ class Size:
     @cached_property
     def forward_seconds(self):
         """Seconds of a forward pass of one window through one block."""
-        return median(run.measured.get("forward_seconds", 0) for run in self._timed())
-
-    def _timed(self):
-        return [run for (measures, _), run in self.runs.items() if measures == "time"]
+        timed = [self.runs["time", method] for method in self.methods]
+        return median(run.measured["forward_seconds"] for run in timed)
 
     def passes(self, method):
         """Return the forward passes over all windows that take as long as what a method does with each window."""
@@ -103,9 +106,8 @@ def at_your_size():
         name = model if dtype == "bfloat16" else f"{model}, {dtype}"
         gib = f"{size.weights_gib:.1f}"
         rows.append([f"{name}, a forward pass", "1", "", "", "1", _hours(size, 1), "", gib, "", ""])
-        for method in METHODS:
-            if ("time", method) in size.runs:
-                rows.append([f"{name}, {LABELS[method]}", *_cells(size, method)])
+        for method in size.methods:
+            rows.append([f"{name}, {LABELS[method]}", *_cells(size, method)])
     headings = (
         "",
         "forward passes",
@@ -183,7 +185,7 @@ def larger_models():
     size = measured_sizes()["Llama 2 7B", "bfloat16"]
     times = []
     memory = []
-    for method in METHODS:
+    for method in size.methods:
         total = size.total(method)
         times.append(f"`{method}` {total:.1f} ({_hours(size, total)} hours)")
         memory.append(f"`{method}` {size.beside_gib(method):.0f}")
