@@ -105,7 +105,9 @@ def at_your_size():
     for (model, dtype), size in measured_sizes().items():
         name = model if dtype == "bfloat16" else f"{model}, {dtype}"
         gib = f"{size.weights_gib:.1f}"
-        rows.append([f"{name}, a forward pass", "1", "", "", "1", _hours(size, 1), "", gib, "", ""])
+        rows.append(
+            [f"{name}, a forward pass", "1", "", "", "1", _short(size.hours(1)), "", gib, "", ""]
+        )
         for method in size.methods:
             rows.append([f"{name}, {LABELS[method]}", *_cells(size, method)])
     headings = (
@@ -129,10 +131,10 @@ def _cells(size, method):
     total = size.total(method)
     cells = [
         f"{size.passes(method):.1f}",
-        f"{size.solving(method):.0f}",
-        f"{backward:.0f}" if backward else "",
+        _short(size.solving(method)),
+        _short(backward) if backward else "",
         f"{total:.1f}",
-        _hours(size, total),
+        _short(size.hours(total)),
     ]
     if ("memory", "fast") not in size.runs:
         return [*cells, "", "", "", ""]
@@ -143,8 +145,8 @@ def _cells(size, method):
     return [*cells, f"{size.disk_gib(method):.1f}", f"{size.weights_gib * GIB**3 / 1e9:.1f}"]
 
 
-def _hours(size, passes):
-    return f"{size.hours(passes):.2g}"
+def _short(number):
+    return f"{number:.0f}" if number >= 9.95 else f"{number:.1f}"
 
 
 def size_runs():
@@ -181,18 +183,21 @@ def size_runs():
 
 
 def larger_models():
-    """What Llama 2 7B takes, in one paragraph."""
+    """What pruning Llama 2 7B takes, in one paragraph."""
     size = measured_sizes()["Llama 2 7B", "bfloat16"]
     times = []
     memory = []
+    disk = []
     for method in size.methods:
         total = size.total(method)
-        times.append(f"`{method}` {total:.1f} ({_hours(size, total)} hours)")
-        memory.append(f"`{method}` {size.beside_gib(method):.0f}")
-    disk = [f"`{method}` {size.disk_gib(method):.0f}" for method in METHODS if method != "best"]
+        hours = _short(size.hours(total))
+        times.append(f"{total:.1f} forward passes with `{method}` ({hours} hours of one CPU core)")
+        memory.append(f"{size.beside_gib(method):.0f} with `{method}`")
+        if method != "best":
+            disk.append(f"{size.disk_gib(method):.0f} with `{method}`")
     return (
-        f"Llama 2 7B in bfloat16 with the default {WINDOWS} windows of 2,048 tokens takes as long as so many forward "
-        f"passes over them: {', '.join(times)}, where the hours are those of one CPU core. GiB of memory beside the "
-        f"{size.weights_gib:.0f} of the weights: {', '.join(memory)}. With `--stream`, the whole process takes "
-        f"{', '.join(disk)} GiB; `best` needs the model in memory, except for N:M."
+        f"Pruning Llama 2 7B in bfloat16 with the default {WINDOWS} windows of 2,048 tokens takes as long as "
+        f"{', '.join(times)}. It needs {size.weights_gib:.0f} GiB for the weights, and beside them, in GiB, "
+        f"{', '.join(memory)}. With `--stream`, the whole process needs {', '.join(disk)} GiB; `best` needs the model "
+        "in memory, unless the pattern is N:M."
     )
