@@ -12,6 +12,7 @@ import re
 import textwrap
 from dataclasses import fields
 
+import real_sizes
 import tables
 from result import OURS, read_drawn, read_table
 from tables import REFERENCE, ROOT, lookup, markdown, number, percent, perplexity
@@ -263,6 +264,9 @@ FUNCTIONS = (
     choices,
     card,
     names,
+    real_sizes.at_your_size,
+    real_sizes.size_runs,
+    real_sizes.larger_models,
 )
 PARTS = {function.__name__: function for function in FUNCTIONS} | tables.FRAGMENTS
 
