@@ -1,6 +1,7 @@
 """Experts are taken out of quantized checkpoints; what stays is copied."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from wanda_lightning import perplexity_from_disk, shrink_from_disk
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.streaming.checkpoint import Checkpoint
+from wanda_lightning.streaming.quantized_checkpoint import settings_of
 
 pytestmark = pytest.mark.skipif(
     tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24),
@@ -189,6 +191,45 @@ def test_a_dtype_writes_a_dequantized_model(source, tmp_path):
     assert same(model.state_dict(), in_memory(tmp_path / "quantized").state_dict())
 
 
+@pytest.mark.parametrize(("begun", "continued"), [("auto", "bfloat16"), ("bfloat16", "auto")])
+def test_a_run_does_not_continue_in_another_format(
+    fp8_folder, tmp_path, monkeypatch, begun, continued
+):
+    choices = {"sparsity": SPARSITY, "dtype": begun, **DROP}
+    interrupted(fp8_folder, tmp_path / "out", monkeypatch, "model.layers.1", **choices)
+    with pytest.raises(UserError, match="was begun with other choices, data or weights: output"):
+        small(fp8_folder, tmp_path / "out", dtype=continued)
+
+
+@pytest.mark.filterwarnings("ignore:The model")
+def test_a_quantized_layer_that_is_not_loaded_leaves_a_dequantized_model(fp8_folder, tmp_path):
+    stored = weights(fp8_folder)
+    layer = {
+        key.replace("model.layers.1", "model.layers.2"): tensor
+        for key, tensor in stored.items()
+        if key.startswith("model.layers.1.")
+    }
+    rewrite(fp8_folder, stored | layer)
+    copied = small(fp8_folder, tmp_path / "quantized")
+    assert "copied as stored, with the 6 experts" in copied.notes[-1]
+    left_out = small(fp8_folder, tmp_path / "dense", dtype="bfloat16")
+    assert "left out" in left_out.notes[-1]
+    after = weights(tmp_path / "dense")
+    assert not any(key.startswith("model.layers.2.") for key in after)
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+
+
+@pytest.mark.filterwarnings("ignore:The model")
+def test_a_bias_beside_the_router_of_a_layer_that_is_not_loaded(fp8_folder, tmp_path):
+    stored = weights(fp8_folder)
+    router = "model.layers.2.mlp.gate.weight"
+    bias = "model.layers.2.mlp.e_score_correction_bias"
+    layer = {router: stored["model.layers.1.mlp.gate.weight"], bias: torch.zeros(8)}
+    rewrite(fp8_folder, stored | layer)
+    report = small(fp8_folder, tmp_path / "out")
+    assert "left out" in report.notes[-1]
+
+
 def test_perplexity_of_both(source, tmp_path):
     small(source, tmp_path / "out")
     dense = perplexity_from_disk(source, batches(7), progress=False)
@@ -224,6 +265,27 @@ def test_another_format_is_refused(fp8_folder, tmp_path):
     rewrite(fp8_folder, weights(fp8_folder), {"quant_method": "gptq", "bits": 4})
     message = refusal(fp8_folder, tmp_path)
     assert "quantized as 'gptq', but only fp8, mxfp4, compressed-tensors are read" in message
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"symmetric": False}, "pack-quantized, 4 bits, group, asymmetric"),
+        ({"type": "float", "strategy": "block"}, "pack-quantized, 4 bits, block"),
+    ],
+)
+def test_a_scheme_that_is_not_dequantized_is_refused(tmp_path, changed, message):
+    settings = compressed(tmp_path / "source", "pack-quantized")["quantization_config"]
+    settings["config_groups"]["group_0"]["weights"].update(changed)
+    rewrite(tmp_path / "source", weights(tmp_path / "source"), settings)
+    assert f"is quantized as {message!r}, but only" in refusal(tmp_path / "source", tmp_path)
+
+
+def test_settings_where_transformers_does_not_look():
+    text = SimpleNamespace(quantization_config={"quant_method": "fp8"})
+    config = SimpleNamespace(get_text_config=lambda: text)
+    with pytest.raises(UserError, match="inside of text_config"):
+        settings_of(config, "a model")
 
 
 SCALE = "model.layers.1.mlp.experts.3.up_proj.weight_scale_inv"

@@ -209,8 +209,7 @@ def _prune_from_disk(config: PruningConfig, options: PruneOptions) -> Iterator[_
     if not config.pattern.changes_shapes:
         refuse_changed_weights(settings_of(load_config(hub), model.model), model.model)
     if results.max_size:
-        checkpoint = Checkpoint(hub, model.dtype)
-        config = _fitting(config, checkpoint.model, checkpoint.sizes(), results.max_size)
+        config = _fitting_from_disk(config, hub, model.dtype, results.max_size)
     if config.pattern.changes_shapes:  # before the model is measured
         plan = make_plan(config, model_from_config(hub), by_block=True)
         removal_of(config.pattern).check(config, plan.model, plan.inventory)
@@ -253,6 +252,14 @@ def _fitting(
     sparsity, sentence = fitting_sparsity(model, sizes, parse_size(max_size))
     print_line(sentence)
     return replace(config, sparsity=sparsity)
+
+
+def _fitting_from_disk(
+    config: PruningConfig, source: ModelSource, dtype: str, max_size: str
+) -> PruningConfig:
+    """Return the same for a model on disk, whose embeddings and head are in memory meanwhile."""
+    checkpoint = Checkpoint(source, dtype)
+    return _fitting(config, checkpoint.model, checkpoint.sizes(), max_size)
 
 
 def _perplexities_from_disk(

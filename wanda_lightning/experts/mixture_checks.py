@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from math import ceil
 from typing import Any
 
 from torch import Tensor
@@ -84,7 +85,7 @@ def _why_not(
         return (
             f"leaves {kept * first.groups} of {first.number} experts with sparsity={config.sparsity:g}, and a token "
             f"{kept * chosen_groups}{within}, but it is routed to {per_token}. Choose at most "
-            f"{1 - per_token / (size * chosen_groups):.3g}."
+            f"{1 - ceil(per_token / chosen_groups) / size:.3g}."
         )
     return ""
 

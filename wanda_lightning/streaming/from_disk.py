@@ -168,6 +168,8 @@ def _what_determines(config: PruningConfig, checkpoint: Checkpoint, batches: lis
     determines = {
         **config.describe(),
         "dtype": str(checkpoint.model.dtype),
+        "quantization": fingerprint(checkpoint.quantization),
+        "output": "as stored" if checkpoint.copies else "as computed",
         "device": checkpoint.device.type,
         "calibration data": [fingerprint(batches)],
         "config.json": fingerprint(related),

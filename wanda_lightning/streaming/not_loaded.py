@@ -6,7 +6,7 @@ experts with the largest rows in the router are kept.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from wanda_lightning.planning.run import KeptEntries
 from wanda_lightning.streaming.checkpoint import Checkpoint
 from wanda_lightning.streaming.quantized_checkpoint import kept_tensor
 
+_FLOATS = ("F64", "F32", "F16", "BF16")
 Entries = Mapping[str, KeptEntries]  # by name of the module with the router and the experts
 
 # Settings for multi-token prediction: num_nextn_predict_layers, num_mtp_layers, num_mtp_modules, mtp_num_hidden_layers.
@@ -32,7 +33,10 @@ _OF_MIXTURE = re.compile(r"(.+)\.(gate|router|experts)\.[^.].*")
 def largest_routers(
     checkpoint: Checkpoint, config: PruningConfig, mixture: Mixture
 ) -> Entries | None:
-    """Choose the experts of each layer that is not loaded; return None if some layer has no router like the mixture's.
+    """Choose the experts of each layer that is not loaded; return None if such layers cannot be copied.
+
+    That is so if one has no router like the mixture's, if a tensor beside the router has an entry for each expert, or
+    if they are quantized and the output is not.
 
     Args:
         checkpoint: The dense model.
@@ -45,8 +49,13 @@ def largest_routers(
         with safe_open(path, framework="pt") as file:
             for key in keys:
                 inside = _OF_MIXTURE.fullmatch(key)
+                dtype = file.get_slice(key).get_dtype()
                 if inside:
                     found.add(inside[1])
+                elif _has_entries(key, file.get_slice(key).get_shape(), mixture.number):
+                    return None
+                if checkpoint.quantization and not checkpoint.copies and dtype not in _FLOATS:
+                    return None
                 router = _ROUTER.fullmatch(key)
                 if router and file.get_slice(key).get_shape()[0] == mixture.number:
                     sizes = vector_norm(file.get_tensor(key).float(), dim=1)
@@ -54,6 +63,11 @@ def largest_routers(
                     indices = keep.flatten().nonzero().flatten().tolist()
                     entries[router[1]] = KeptEntries(0, indices)
     return entries if found <= entries.keys() else None
+
+
+def _has_entries(key: str, shape: Sequence[int], number: int) -> bool:
+    """Whether a tensor outside of routers and experts seems to have an entry for each expert, such as a bias."""
+    return list(shape) == [number] and ("bias" in key or "expert" in key)
 
 
 def read_not_loaded(checkpoint: Checkpoint, path: Path, entries: Entries) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ from wanda_lightning.report.records import as_json, from_parsed
 from wanda_lightning.streaming.checkpoint import Checkpoint, Keys
 
 PROGRESS_NAME = ".pruning_progress.json"
-_VERSION = 5  # of the progress file
+_VERSION = 6  # of the progress file
 
 
 @dataclass(frozen=True)

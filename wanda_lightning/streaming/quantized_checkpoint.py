@@ -29,13 +29,25 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 def settings_of(config: Any, name: str) -> dict[str, Any] | None:
     """Return how a model is quantized, by its configuration; None if it is not. Refuse formats that are not read."""
     settings = getattr(config, "quantization_config", None)
+    nested = getattr(config.get_text_config(), "quantization_config", None)
+    if settings is None and nested is not None:
+        raise UserError(
+            f"The configuration of {name!r} has quantization_config inside of text_config, where transformers does not "
+            "look for it. Move it to the top of config.json."
+        )
     if settings is None:
         return None
     method = settings.get("quant_method")
-    if method not in _METHODS:
+    scheme = method
+    if method == "compressed-tensors":
+        scheme = _unread_scheme(settings)
+    elif method in _METHODS:
+        scheme = ""
+    if scheme:
         raise UserError(
-            f"The model {name!r} is quantized as {method!r}, but only {', '.join(_METHODS)} are read. Save it in "
-            "float32, bfloat16 or float16, and prune that model."
+            f"The model {name!r} is quantized as {scheme!r}, but only {', '.join(_METHODS)} are read, and of "
+            "compressed-tensors pack-quantized (symmetric integers) and float-quantized (by tensor or channel). Save "
+            "it in float32, bfloat16 or float16, and prune that model."
         )
     require_extra("quantized", "accelerate", "compressed_tensors", purpose="Quantized models")
     version = transformers.__version__
@@ -45,6 +57,27 @@ def settings_of(config: Any, name: str) -> dict[str, Any] | None:
             "pip install '.[quantized]' in the source folder"
         )
     return dict(settings)
+
+
+def _unread_scheme(settings: Mapping[str, Any]) -> str:
+    """Describe the first scheme of compressed-tensors that transformers 5.24 does not dequantize for experts.
+
+    It has no zero points for experts, and multiplies weights in FP8 by scales that broadcast.
+    """
+    for group in settings.get("config_groups", {}).values():
+        form = group.get("format") or settings.get("format")
+        weights = group.get("weights") or {}
+        kind = weights.get("type")
+        strategy = weights.get("strategy")
+        is_symmetric = weights.get("symmetric", True)
+        is_int = form == "pack-quantized" and kind == "int" and is_symmetric
+        is_float = (
+            form == "float-quantized" and kind == "float" and strategy in ("tensor", "channel")
+        )
+        if not (is_int or is_float):
+            symmetric = "" if is_symmetric else ", asymmetric"
+            return f"{form}, {weights.get('num_bits')} bits, {strategy}{symmetric}"
+    return ""
 
 
 def stored_size(dtype: str, shape: Sequence[int]) -> int:
