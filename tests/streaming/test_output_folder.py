@@ -1,6 +1,5 @@
 """Runs that were interrupted go on where they were, and with nothing else than they began with."""
 
-import os
 import shutil
 import signal
 from dataclasses import replace
@@ -14,6 +13,7 @@ from support.disk import (
     batches,
     contents,
     interrupted,
+    prune_until_killed,
     same,
     stream,
     weights,
@@ -35,27 +35,13 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 WANDA = {"method": "wanda"}
 
 
-def prune_until_killed(source, folder, after, name):
-    save = OutputFolder.save
-
-    def kill(*_):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def save_or_kill(self, part, *args):
-        kill() if len(self.written) == after else save(self, part, *args)
-
-    OutputFolder.save = save_or_kill
-    OutputFolder.forget = kill
-    stream(source, folder, batches(), **CHOICES[name])
-
-
 @forks.IN_ONE_WORKER
 @pytest.mark.parametrize("name", with_nightly(["owl_layer", "experts_block"], ["experts"]))
 def test_a_killed_run_continues_where_it_was(source_for, streamed, tmp_path, name):
     (expected, whole), out = streamed(name), tmp_path / "out"
     for after in (1, 2, 4, 5):
         assert (
-            forks.run(prune_until_killed, source_for(name), out, after, name).returncode
+            forks.run(prune_until_killed, source_for(name), out, after, CHOICES[name]).returncode
             == -signal.SIGKILL
         )
         assert (out / "config.json").exists() == (after == 5)

@@ -1,5 +1,6 @@
 """Experts are taken out of quantized checkpoints; what stays is copied."""
 
+import signal
 from functools import partial
 from types import SimpleNamespace
 
@@ -7,7 +8,16 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
-from support.disk import batches, contents, interrupted, same, stream, weights
+from support import forks
+from support.disk import (
+    batches,
+    contents,
+    interrupted,
+    prune_until_killed,
+    same,
+    stream,
+    weights,
+)
 from support.quantized import BLOCK, compressed, fp8, kimi, mxfp4, rewrite
 from support.quiet import prune
 from support.refusals import alike
@@ -175,9 +185,14 @@ def test_only_the_number_of_experts_changes_in_the_configuration(source, tmp_pat
     assert after["quantization_config"] == before["quantization_config"]
 
 
-def test_an_interrupted_run_continues_to_the_same_bytes(source, tmp_path, monkeypatch):
+@forks.IN_ONE_WORKER
+def test_a_killed_run_continues_to_the_same_bytes(source, tmp_path):
     small(source, tmp_path / "whole")
-    interrupted(source, tmp_path / "out", monkeypatch, "model.layers.1", sparsity=SPARSITY, **DROP)
+    choices = {"sparsity": SPARSITY, **DROP}
+    for after in (0, 1, 2, 3):  # of two blocks and the rest
+        killed = forks.run(prune_until_killed, source, tmp_path / "out", after, choices)
+        assert killed.returncode == -signal.SIGKILL
+        assert (tmp_path / "out" / "config.json").exists() == (after == 3)
     small(source, tmp_path / "out")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
@@ -201,15 +216,29 @@ def test_a_run_does_not_continue_in_another_format(
         small(fp8_folder, tmp_path / "out", dtype=continued)
 
 
-@pytest.mark.filterwarnings("ignore:The model")
-def test_a_quantized_layer_that_is_not_loaded_leaves_a_dequantized_model(fp8_folder, tmp_path):
-    stored = weights(fp8_folder)
+def add_layer(folder, without=""):
+    """Add a copy of the last layer, which transformers does not load, without one of its tensors."""
+    stored = weights(folder)
     layer = {
-        key.replace("model.layers.1", "model.layers.2"): tensor
+        key.replace("model.layers.1", "model.layers.2"): tensor.clone()
         for key, tensor in stored.items()
         if key.startswith("model.layers.1.")
     }
-    rewrite(fp8_folder, stored | layer)
+    layer.pop(without, None)
+    rewrite(folder, stored | layer)
+
+
+@pytest.mark.filterwarnings("ignore:The model")
+def test_a_weight_of_a_layer_that_is_not_loaded_has_its_scales(fp8_folder, tmp_path):
+    scales = SCALE.replace("layers.1", "layers.2")
+    add_layer(fp8_folder, without=scales)
+    weight = scales.removesuffix("_scale_inv")
+    assert f"stores {weight} as F8_E4M3, but no scales" in refusal(fp8_folder, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:The model")
+def test_a_quantized_layer_that_is_not_loaded_leaves_a_dequantized_model(fp8_folder, tmp_path):
+    add_layer(fp8_folder)
     copied = small(fp8_folder, tmp_path / "quantized")
     assert "copied as stored, with the 6 experts" in copied.notes[-1]
     left_out = small(fp8_folder, tmp_path / "dense", dtype="bfloat16")

@@ -1,6 +1,8 @@
 """A tiny language model in files, and ways to prune it from there."""
 
 import json
+import os
+import signal
 from functools import partial
 
 import pytest
@@ -104,6 +106,21 @@ def in_memory(source, folder, samples, auto_class=AutoModelForCausalLM, **choice
 
 
 stream = partial(prune_from_disk, progress=False)
+
+
+def prune_until_killed(source, folder, after, choices):
+    """Prune a model in a process of its own, which is killed when so many parts are written."""
+    save = OutputFolder.save
+
+    def kill(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def save_or_kill(self, part, *args):
+        kill() if len(self.written) == after else save(self, part, *args)
+
+    OutputFolder.save = save_or_kill
+    OutputFolder.forget = kill
+    stream(source, folder, batches(), **choices)
 
 
 def same(first, second):

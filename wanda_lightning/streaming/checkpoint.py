@@ -45,8 +45,9 @@ from wanda_lightning.modules.model_loading import (
 from wanda_lightning.planning.run import KeptEntries
 from wanda_lightning.streaming.quantized_checkpoint import (
     Spread,
-    check_scales,
     kept_tensor,
+    require_scales,
+    require_weights,
     settings_of,
     stored_size,
     uneven_scales,
@@ -202,7 +203,8 @@ class Checkpoint:
                     self.not_loaded.setdefault(path, []).append(key)
                     unexpected.add(name)
         if self.quantization:
-            check_scales(self._name, dtypes, self._parameters)
+            require_scales(self._name, dtypes, self._parameters)
+            require_weights(self._name, self._parameters)
             self._spreads = uneven_scales(self.quantization, shapes)
             unexpected -= self._find_companions()
         return unexpected

@@ -96,32 +96,35 @@ def refuse_changed_weights(settings: Mapping[str, Any] | None, name: str) -> Non
         )
 
 
-def check_scales(name: str, dtypes: Mapping[str, str], parameters: Mapping[str, str]) -> None:
-    """Refuse quantized tensors without scales that transformers reads with them, and scales without a tensor.
+def require_scales(name: str, dtypes: Mapping[str, str], parameters: Mapping[str, str]) -> None:
+    """Refuse quantized tensors without scales.
 
     Args:
         name: The model, for the error.
         dtypes: The data types of all stored tensors, by key.
-        parameters: The parameter into which each stored tensor is loaded.
+        parameters: The parameter into which each stored tensor is loaded. A tensor that is not loaded has none; its
+            scales only need the same name.
     """
-    values = _stems(parameters, _VALUES)
-    scales = _stems(parameters, _SCALES)
-    loaded_with = {(stem, parameters[key]) for key, stem in scales.items()}
-    for key, parameter in parameters.items():
+    values = _stems(dtypes, _VALUES)
+    scales = _stems(dtypes, _SCALES)
+    stored_with = {(stem, parameters.get(key)) for key, stem in scales.items()}
+    for key, dtype in dtypes.items():
         if key in scales:
             continue
-        dtype = dtypes[key]
         is_quantized = dtype.startswith(("F8", "F4"))
         if key in values:
             is_quantized |= not key.endswith(".weight") or dtype.startswith(("I", "U"))
-        if is_quantized and (values.get(key, key), parameter) not in loaded_with:
+        if is_quantized and (values.get(key, key), parameters.get(key)) not in stored_with:
             raise UserError(
-                f"The model {name!r} stores {key} as {dtype}, but no scales that transformers reads with it. Check the "
-                "folder and its index."
+                f"The model {name!r} stores {key} as {dtype}, but no scales that belong to it. Check the folder and "
+                "its index."
             )
 
-    stems = {*values.values()}
-    for key, stem in scales.items():
+
+def require_weights(name: str, parameters: Mapping[str, str]) -> None:
+    """Refuse scales that are loaded without a weight; the arguments are those of `require_scales`."""
+    stems = {*_stems(parameters, _VALUES).values()}
+    for key, stem in _stems(parameters, _SCALES).items():
         # A parameter may be called scale, too.
         is_parameter = parameters[key].rpartition(".")[2] == key.rpartition(".")[2]
         if stem not in stems and not is_parameter:
