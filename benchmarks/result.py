@@ -26,6 +26,7 @@ QUANTITIES = {
     "perplexity": "on the evaluation windows",
     "perplexity_second": "on as many windows of a second text",
     "perplexity_chats": "on as many windows of chats that the dense model has written",
+    "llama_cpp_perplexity": "the same by llama.cpp, from a .gguf file",
     "perplexity_before": "the same before fine-tuning",
     "top1": "fraction of the evaluation images that are classified correctly",
     "top1_uncorrected": "the same without the correction of BatchNorm statistics",

@@ -509,6 +509,21 @@ def streaming():
     return markdown(headings, rows) + source(results)
 
 
+def quantized_mixtures():
+    """Perplexity of quantized mixtures with fewer experts, in transformers and in llama.cpp."""
+    results = read_table("quantized_mixtures")
+    rows = []
+    for run in results:
+        cells = (
+            number(run, "weights_mib", ".1f"),
+            number(run, "perplexity", "#.4g"),
+            number(run, "llama_cpp_perplexity", "#.4g"),
+        )
+        rows.append([run.case["format"], run.goal, *cells])
+    headings = ("format", "removed", "MiB stored", "transformers", "llama.cpp")
+    return markdown(headings, rows) + source(results)
+
+
 def mixtures():
     """Cost of taking experts out of quantized mixtures with two blocks."""
     results = read_table("mixtures")
@@ -874,6 +889,7 @@ _TABLES = (
     experts,
     expert_scores,
     mixtures,
+    quantized_mixtures,
     training,
     worth,
     runtimes,
