@@ -270,7 +270,7 @@ def methods():
     results = in_order(read_drawn("methods"))
     goals = ["50 %", "60 %", "70 %", "2:4"]
     wanda = {
-        run.goal: _perplexity(run) + _deviation(run) for run in results if run.method == "wanda"
+        run.goal: _perplexity(run) + 2 * _deviation(run) for run in results if run.method == "wanda"
     }
     rows = []
     worse = []
@@ -285,7 +285,7 @@ def methods():
         lost = [
             goal
             for goal, run in runs.items()
-            if _perplexity(run) - _deviation(run) > wanda.get(goal, math.inf)
+            if _perplexity(run) - 2 * _deviation(run) > wanda.get(goal, math.inf)
         ]
         if lost and method != "magnitude":
             worse.append(f"{LABELS[method]} ({', '.join(lost)})")
