@@ -1,13 +1,14 @@
 r"""Take experts out of a mixture: by REAP's score, by the loss, by how often they are used, by norms, and at random.
 
-    python recipes/llm/small_mixture.py --output out/small_mixture_600 --steps 600
-    python benchmarks/experts.py --model out/small_mixture_600 --calibration out/small_mixture_600_text/training.txt \
-        --eval out/small_mixture_600_text/heldout.txt --seqlen 256 --nsamples 64 --limit 128 \
-        --save benchmarks/results
+    python recipes/llm/small_mixture.py --output out/small_mixture
+    python benchmarks/experts.py --model out/small_mixture --calibration out/small_mixture_text/training.txt \
+        --eval out/small_mixture_text/heldout.txt --seqlen 256 --nsamples 64 --limit 256 --save benchmarks/results
 
-REAP's score and the loss are repeated with three draws of the calibration windows. It also prunes half of the weights
-with Wanda and SparseGPT, with all windows and with two. With two, experts with fewer than 32 tokens are pruned with the
-statistics of all experts of their layer, or only those without any token.
+The same with `--steps 600`, `out/small_mixture_600` and `--limit 128` measures a mixture with a shorter training.
+
+REAP's score and the loss are repeated with three draws of the calibration windows. The script also prunes half of the
+weights with Wanda and SparseGPT, with all windows and with two. With two, experts with fewer than 32 tokens are pruned
+with the statistics of all experts of their layer, or only those without any token.
 """
 
 import copy
@@ -134,7 +135,7 @@ def main(options: Text, save: str = ""):
             runs(planned, lambda result=result: result)
             scores["uses"] = (ExpertSaliency.tokens, {})
             scores["norms"] = (by_norm, {})
-            scores["random, seed 0"] = (at_random(0), {})
+            scores |= {f"random, seed {seed}": (at_random(seed), {}) for seed in range(3)}
         for goal, (name, (score, arguments)) in product(GOALS, scores.items()):
             row = replace(
                 planned, method=name, sparsity=goal, pattern="experts", arguments=arguments

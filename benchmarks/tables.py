@@ -689,30 +689,39 @@ def chats():
     return grid("calibrated on", cells) + source(results)
 
 
+OTHER_SCORES = ("REAP, block after block", "REAP, sum", "loss")
+
+
 def experts():
     """Perplexity of a small mixture without some of its experts."""
-    results = [run for run in read_table("experts") if run.model == "small_mixture"]
-    dense = perplexity(dense_of(results))
-    return by_goals(f"perplexity (dense {dense})", results, perplexity) + source(results)
+    rows = mixture_rows("small_mixture")
+    dense = perplexity(dense_of(rows))
+    shown = [run for run in rows if run.method not in OTHER_SCORES]
+    return by_goals(f"perplexity (dense {dense})", shown, perplexity) + source(shown)
 
 
 def expert_scores():
-    """Perplexity and divergence of a mixture that was trained for fewer steps, over draws of the windows."""
-    results = [run for run in read_table("experts") if run.model == "small_mixture_600"]
-    dense = perplexity(dense_of(results))
+    """Perplexity and divergence of a mixture without some of its experts, after long and after short training."""
+    divergent = partial(number, quantity="divergence", form=".4f")
+    tables = []
+    for model, steps in (("small_mixture", "2,000"), ("small_mixture_600", "600")):
+        rows = [run for run in mixture_rows(model) if run.pattern == "experts"]
+        dense = perplexity(dense_of(mixture_rows(model)))
+        tables.append(by_goals(f"{steps} steps: perplexity (dense {dense})", rows, perplexity))
+        tables.append(by_goals(f"{steps} steps: KL divergence", rows, divergent))
+        tables.append(source(rows).strip())
+    return "\n\n".join(tables)
+
+
+def mixture_rows(model):
+    """Return the runs of `experts`, with means and deviations in place of several draws."""
     by_row = {}
-    for run in results:
-        if run.pattern == "experts" or run.method == "dense":
+    for run in read_table("experts"):
+        if run.model == model:
             by_row.setdefault((run.method, run.goal), []).append(run)
-    rows = [
+    return [
         replace(runs[0], measured=runs[0].measured | over_draws(runs)) for runs in by_row.values()
     ]
-    divergent = partial(number, quantity="divergence", form=".4f")
-    tables = (
-        by_goals(f"perplexity (dense {dense})", rows, perplexity),
-        by_goals("KL divergence", rows, divergent),
-    )
-    return "\n\n".join(tables) + source(results)
 
 
 def training():
