@@ -79,11 +79,6 @@ def at_random(seed):
     return lambda _, mixture: torch.rand(mixture.number, generator=generator, dtype=torch.float64)
 
 
-def summed(saliency, mixture):
-    """Return REAP's saliency times the number of tokens of each expert: what it adds in all, not for each token."""
-    return saliency._sums[mixture.name][0]
-
-
 @torch.no_grad()
 def compared(model, batches, dense=None):
     """Return the perplexity and the mean KL divergence from the dense logits, and the logits."""
@@ -124,11 +119,12 @@ def main(options: Text, save: str = ""):
             measured, _ = compared(model, language.evaluation, logits)
             return measured
 
-        reap = ExpertSaliency.of
+        usual = ExpertSaliency.of
+        reap = {"pattern": "experts_reap"}
         scores = {
-            "REAP": (reap, {}),
-            "REAP, block after block": (reap, {"sequential": "block"}),
-            "REAP, sum": (summed, {}),
+            "REAP": (usual, reap),
+            "REAP, block after block": (usual, {"sequential": "block", **reap}),
+            "REAP, sum": (usual, {}),
             "loss": (by_the_loss(copy.deepcopy(dense), language.calibration), {}),
         }
         if draw == 0:

@@ -138,7 +138,7 @@ def forward(source, batches):
 def drop(source, output, batches, sparsity):
     """Take experts out."""
     shutil.rmtree(output, ignore_errors=True)
-    choices = {"pattern": "experts", "progress": False}
+    choices = {"pattern": "experts_reap", "progress": False}
     return costs(lambda: prune_from_disk(source, output, batches, sparsity, **choices))
 
 

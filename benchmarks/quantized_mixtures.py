@@ -139,11 +139,14 @@ def by_llama_cpp(folder, text, options, llama_cpp):
     subprocess.run([*convert, "--outtype", "f32"], check=True, capture_output=True)
     binary = llama_cpp / "build" / "bin" / "llama-perplexity"
     sizes = ["-c", str(options.seqlen), "--chunks", str(options.limit)]
-    done = subprocess.run(
-        [binary, "-m", file, "-f", text, *sizes], check=True, capture_output=True, text=True
-    )
+    found = None
+    while not found:  # llama.cpp may end before it has printed its last line
+        done = subprocess.run(
+            [binary, "-m", file, "-f", text, *sizes], check=True, capture_output=True, text=True
+        )
+        found = re.search(r"Final estimate: PPL = (\S+)", done.stdout + done.stderr)
     file.unlink()
-    return float(re.search(r"Final estimate: PPL = (\S+)", done.stdout + done.stderr)[1])
+    return float(found[1])
 
 
 def gpt_oss(tokenizer):
@@ -205,7 +208,7 @@ def main(options: Text, *, llama_cpp: Path, folder: Path, save: str = ""):
         )
         runs(planned, partial(measure, source))
         for goal in GOALS:
-            row = {"method": "REAP", "pattern": "experts", "sparsity": goal}
+            row = {"method": "REAP, sum", "pattern": "experts", "sparsity": goal}
             runs(Result(**{**vars(planned), **row}), partial(pruned, source, goal))
 
     source = folder / "source"

@@ -87,7 +87,7 @@ def saved_models(options, tokenizer):
 def without_experts(model):
     """Return the model without half of its experts."""
     windows = random_windows(model.config.vocab_size, 8, 64)
-    prune(model, windows, 0.5, pattern="experts", progress=False)
+    prune(model, windows, 0.5, pattern="experts_reap", progress=False)
     return model
 
 

@@ -27,7 +27,7 @@ LABELS = {
     "forward": "a plain forward pass",
     "REAP": "REAP",
     "REAP, block after block": 'REAP, `sequential="block"`',
-    "REAP, sum": "REAP, summed instead of averaged",
+    "REAP, sum": "REAP, summed (the default)",
     "loss": "effect on the loss",
     "uses": "number of routed tokens",
     "norms": "norm of the weights",
@@ -689,7 +689,7 @@ def chats():
     return grid("calibrated on", cells) + source(results)
 
 
-OTHER_SCORES = ("REAP, block after block", "REAP, sum", "loss")
+OTHER_SCORES = ("REAP, block after block", "loss")
 
 
 def experts():

@@ -11,7 +11,9 @@ from wanda_lightning import PruningCallback, PruningConfig, Unstructured
 from wanda_lightning.methods import METHODS, PATTERNS, PRESETS
 
 pytestmark = WITHOUT_ADVICE
-OTHER_PATTERNS = [name for name in PATTERNS if name not in ("structured", "experts")]
+OTHER_PATTERNS = [
+    name for name in PATTERNS if name not in ("structured", "experts", "experts_reap")
+]
 EVERY_PATTERN = ["unstructured", "1:4", *OTHER_PATTERNS]
 
 

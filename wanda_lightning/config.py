@@ -99,10 +99,10 @@ class PruningConfig:
             criterion: How weights are scored, by default as in the paper of the method or the solver.
             pattern: Where zeros may fall: anywhere (`unstructured`), in N:M such as `2:4`, which keeps N of every M
                 weights, or in whole hidden units (`structured`, or `structured:16` to keep multiples of 16 instead of
-                8), which `shrink` takes out; or whole experts leave each mixture of experts (`experts`); `sparsity` is
-                then a fraction of units or experts. `"unstructured"` compares as in the method's paper,
-                `"unstructured_row"` and `"unstructured_layer"` compare as they say; `"equal_share"` is the paper's
-                variant.
+                8), which `shrink` takes out; or whole experts leave each mixture of experts (`experts`, or
+                `experts_reap` by REAP's score); `sparsity` is then a fraction of units or experts. `"unstructured"`
+                compares as in the method's paper, `"unstructured_row"` and `"unstructured_layer"` compare as they say;
+                `"equal_share"` is the paper's variant.
             allocation: How the sparsity is distributed over layers: equally (`uniform`), or less where scores have more
                 outliers (`owl`) or the predictions depend more (`fisher`; for hidden units also by cost).
             solver: How the final weights are computed: by zeroing alone (`zero_out`), or by updating the rest too.

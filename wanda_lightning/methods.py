@@ -33,6 +33,7 @@ PATTERNS: Table[Pattern] = {
     "equal_share": lambda: wl.EqualShare(),
     "structured": lambda: wl.Structured(),
     "experts": lambda: wl.Experts(),
+    "experts_reap": lambda: wl.Experts(average=True),
     "2:4": lambda: wl.NM(n=2, m=4),
     "4:8": lambda: wl.NM(n=4, m=8),
 }

@@ -232,7 +232,8 @@ def test_every_argument_of_the_config_is_an_option_that_reaches_it(name):
     ("arguments", "name"),
     [
         ("", "wanda"),
-        ("--pattern experts", "reap"),
+        ("--pattern experts", "summed_reap"),
+        ("--pattern experts_reap", "reap"),
         ("--pattern structured", "refit"),
         ("--method fast --allocation owl --recovery distill", "fast_owl_distill"),
     ],

@@ -143,6 +143,8 @@ def _group(title: str, place: int) -> Parameter:
     return Parameter(name="*", group=Group(title, sort_key=place))
 
 
+# Labels of results without a method, by pattern.
+_WITHOUT_METHOD = {"experts": "summed_reap", "experts_reap": "reap", "structured": "refit"}
 _MODEL = _group("Model", 0)
 _PRUNING = _group("Pruning", 1)
 _DATA = _group("Data", 2)
@@ -278,7 +280,7 @@ class Pruning(_Choices):  # type: ignore[misc]  # a base made from PruningConfig
         names = [self.method, self.criterion, self.solver]
         if not any(names):
             pattern = self.pattern.partition(":")[0]  # without the numbers of N:M and structured:16
-            names = [{"experts": "reap", "structured": "refit"}.get(pattern, "wanda")]
+            names = [_WITHOUT_METHOD.get(pattern, "wanda")]
         names += [self.allocation, self.recovery]
         return "_".join(filter(None, names))
 

@@ -367,9 +367,15 @@ class Experts(Pattern):
     Zeros cannot represent this: a row of zeros in the router is a logit of 0, which may be among the largest. So
     `prune` takes the experts out in place, with their rows of the router, and changes the model's configuration.
 
-    An expert is scored by REAP (Lasby et al. 2025, arXiv 2510.13999): the mean, over the tokens that are routed to it,
-    of its gate times the norm of its output.
+    What an expert adds for a token is its gate times its output. By default, an expert is scored by the sum of the
+    norms of this over all tokens. With `average`, it is scored by their mean over the tokens that are routed to it:
+    REAP (Lasby et al. 2025, arXiv 2510.13999), which keeps experts that add much for few tokens.
+
+    Args:
+        average: Divide the sum by the number of tokens that are routed to the expert.
     """
+
+    average: bool = False
 
     removes = "experts"
     changes_shapes = True

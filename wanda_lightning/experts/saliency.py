@@ -1,8 +1,9 @@
 """Measure how much each expert of a mixture contributes to its output, and make experts unroutable.
 
-REAP's saliency of an expert (Lasby et al. 2025, arXiv 2510.13999) is the mean, over the tokens that are routed to it,
-of its gate times the norm of its output: the norm of what it adds for this token. Where a model multiplies the input of
-the experts by the gate (Llama 4), it is the norm of what the expert returns for that input.
+What an expert adds for a token is its output times its gate. The saliency of an expert is the sum of the norms of this
+over all tokens; in REAP (Lasby et al. 2025, arXiv 2510.13999), it is their mean over the tokens that are routed to the
+expert. Where a model multiplies the input of the experts by the gate (Llama 4), the norm is that of what the expert
+returns for that input.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,10 +35,19 @@ _LARGEST_ERROR = 0.05  # of the sum over the experts, relative to the output of 
 
 
 class ExpertSaliency(StopObserver):
-    """Sums up the norms of what the experts of some mixtures add, over the tokens of all batches except padding."""
+    """Sums up the norms of what the experts of some mixtures add, over the tokens of all batches except padding.
 
-    def __init__(self, mixtures: Sequence[Mixture], processes: Processes = SINGLE_PROCESS) -> None:
+    With `average`, the saliency of an expert is the mean over its tokens instead of the sum.
+    """
+
+    def __init__(
+        self,
+        mixtures: Sequence[Mixture],
+        average: bool = False,
+        processes: Processes = SINGLE_PROCESS,
+    ) -> None:
         super().__init__(processes)
+        self._average = average
         # The number of experts to which this process routes the first token, by mixture.
         self.experts_per_token: dict[str, int] = {}
         self.first_calls: dict[str, Call] = {}  # of each mixture in this process
@@ -75,9 +85,13 @@ class ExpertSaliency(StopObserver):
         return self._sums[mixture.name][1]
 
     def of(self, mixture: Mixture) -> Tensor:
-        """Return the saliency of each expert, in float64; 0 for experts without tokens."""
+        """Return the saliency of each expert, in float64; 0 for experts without tokens.
+
+        Sums are divided by the number of tokens of all experts, so that they do not grow with the data.
+        """
         norms, tokens = self._sums[mixture.name]
-        return norms / tokens.clamp(min=1)
+        divisor = tokens if self._average else tokens.sum()
+        return norms / divisor.clamp(min=1)
 
     def _keep_first_call(
         self, sample: Sample, name: str, module: Module, args: Any, kwargs: Any
