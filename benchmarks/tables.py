@@ -511,7 +511,9 @@ def streaming():
 
 def quantized_mixtures():
     """Perplexity of quantized mixtures with fewer experts, in transformers and in llama.cpp."""
+    formats = ("bfloat16", "FP8 in blocks", "FP8 by rows", "int4, packed", "MXFP4")
     results = read_table("quantized_mixtures")
+    results.sort(key=lambda run: (formats.index(run.case["format"]), run.sparsity))
     rows = []
     for run in results:
         cells = (
