@@ -328,6 +328,10 @@ def test_chats_for_evaluation_are_joined_in_their_order(tmp_path, tokenizer):
         ({"messages": []}, "must have messages, a list of objects with a role"),
         ({"messages": "hello"}, "must have messages, a list of objects with a role"),
         ({"messages": [{"content": "a"}]}, "must have messages, a list of objects with a role"),
+        (
+            {"messages": [{"role": "user", "text": "a"}]},
+            "must have messages, a list of objects with a role and a content",
+        ),
         ([1, 2], r"must have messages, .* but it is \[1, 2\]"),
         (
             {"messages": [{"role": "bad", "content": "a"}]},

@@ -9,6 +9,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from support import forks
+from support.data import byte_tokenizer
 from support.disk import (
     batches,
     contents,
@@ -24,7 +25,7 @@ from support.refusals import alike
 from support.reports import read_json
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from wanda_lightning import perplexity_from_disk, shrink_from_disk
+from wanda_lightning import CausalLMModule, perplexity_from_disk, shrink_from_disk
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.streaming.checkpoint import Checkpoint
@@ -283,6 +284,13 @@ def test_zeros_are_refused(fp8_folder, tmp_path, pattern):
     with pytest.raises(UserError, match="have to be quantized again"):
         stream(fp8_folder, tmp_path / "out", batches(), 0.5, pattern=pattern)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_dequantized_in_memory_is_announced(fp8_folder):
+    byte_tokenizer().save_pretrained(fp8_folder)
+    with pytest.warns(UserWarning, match=r"is quantized \(fp8\), and was dequantized to bfloat16"):
+        module = CausalLMModule(str(fp8_folder))
+    assert same(module.model.state_dict(), in_memory(fp8_folder).state_dict())
 
 
 def test_units_are_refused(fp8_folder, tmp_path):

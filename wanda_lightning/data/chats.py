@@ -51,7 +51,7 @@ class Chats:
         if self._is_table:
             row = _without_none(row)
         messages = row.get("messages") if isinstance(row, Mapping) else None
-        if not (isinstance(messages, list) and messages and all(map(_has_role, messages))):
+        if not (isinstance(messages, list) and messages and all(map(_is_message, messages))):
             raise UserError(
                 f"{self._place(index)} must have messages, a list of objects with a role and a content, but it is "
                 f"{row!r:.120}."
@@ -121,8 +121,11 @@ class Chats:
         return ids
 
 
-def _has_role(message: Any) -> bool:
-    return isinstance(message, Mapping) and isinstance(message.get("role"), str)
+def _is_message(message: Any) -> bool:
+    """Whether an object has a role, and a content or calls of tools, which stand without a content."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        return False
+    return "content" in message or "tool_calls" in message
 
 
 def _written(messages: Any, tools: Any, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -36,6 +36,8 @@ def load(source: str, *config: str, **options: Any) -> Any:
 
     for file in (path, *path.rglob("*")):
         if file.suffix in _JSON and file.is_file():
+            if not file.stat().st_size:
+                raise UserError(f"The data of {str(file)!r} cannot be loaded: the file is empty.")
             _refuse_deep(file)
     with reading("data", source, on_hub=not path.exists()):
         try:

@@ -26,7 +26,7 @@ def parse_size(text: str) -> int:
     match = _SIZE.fullmatch(text)
     if not match:
         raise UserError(
-            f"max_size must be a number with a unit, such as 60GB or 55.9GiB, but it is {text!r}."
+            f"max_size must be a number with a unit ({', '.join(_UNITS)}), such as 60GB or 55.9GiB, but it is {text!r}."
         )
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
@@ -58,11 +58,16 @@ def fitting_sparsity(model: Module, sizes: Mapping[str, int], limit: int) -> tup
 
     kept = int((limit - rest) // each)
     kept -= kept % groups
-    if not 0 < kept < number:
-        smallest = rest + each * groups
+    if kept >= number:
         raise UserError(
-            f"max_size must be between {_gb(smallest)} and {_gb(dense)}, the sizes with one expert in each layer (of "
-            f"each group) and with all, but it is {_gb(limit)}."
+            f"max_size must be less than the size of the model, {_gb(dense)}, but it is {_gb(limit)}: no expert has to "
+            "be removed."
+        )
+    if kept <= 0:
+        smallest = _gb(rest + each * groups)
+        raise UserError(
+            f"max_size must be at least {smallest}, the size with {groups} of {number} experts in each layer, but it is "
+            f"{_gb(limit)}."
         )
     sentence = (
         f"max_size={_gb(limit)} keeps {kept} of {number} experts in each layer: about {_gb(rest + each * kept)} of "

@@ -87,7 +87,23 @@ def load_causal_lm(source: ModelSource, dtype: str) -> Any:
             unused |= _ignored(model, _stored_dtypes(files))
     warn_of_unused(name, unused, fate)
     check_finite(model.named_parameters(), name)
+    _warn_of_dequantized(source, model)
     return model
+
+
+def _warn_of_dequantized(source: ModelSource, model: Any) -> None:
+    """Warn that a model in FP8, for example, is in another dtype now, in which it would be saved."""
+    if source.path.suffix == ".gguf":
+        return
+    settings = getattr(load_config(source), "quantization_config", None) or {}
+    if settings and all(weight.dtype in _CHECKED for weight in model.parameters()):
+        dtype = str(model.dtype).removeprefix("torch.")
+        warnings.warn(
+            f"The model {str(source)!r} is quantized ({settings.get('quant_method')}), and was dequantized to {dtype}, "
+            "in which it will be saved. To remove experts from the quantized weights, use `prune --stream --pattern "
+            "experts`, or `prune_from_disk`.",
+            stacklevel=2,
+        )
 
 
 def _ignored(model: Any, stored: Collection[str]) -> set[str]:

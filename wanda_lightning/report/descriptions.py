@@ -86,7 +86,9 @@ class AgreementMetric(NamedTuple):
         if self.is_share:
             text = f"{value:.2%}"
             return text if error is None else f"{text} ± {100 * error:.2f}"
-        return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
+        form = ".4f" if value >= 0.001 else ".2g"
+        text = f"{value:{form}}"
+        return text if error is None else f"{text} ± {error:{form}}"
 
 
 AGREEMENT_METRICS = {
