@@ -66,8 +66,8 @@ def fitting_sparsity(model: Module, sizes: Mapping[str, int], limit: int) -> tup
     if kept <= 0:
         smallest = _gb(rest + each * groups)
         raise UserError(
-            f"max_size must be at least {smallest}, the size with {groups} of {number} experts in each layer, but it is "
-            f"{_gb(limit)}."
+            f"max_size must be at least {smallest}, the size with {groups} of {number} experts in each layer, but it "
+            f"is {_gb(limit)}."
         )
     sentence = (
         f"max_size={_gb(limit)} keeps {kept} of {number} experts in each layer: about {_gb(rest + each * kept)} of "
