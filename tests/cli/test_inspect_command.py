@@ -71,6 +71,13 @@ def test_inspect_says_which_layers_the_pattern_does_not_fit(inputs, capsys, monk
     assert "Note: only 20% of the weights" in out
 
 
+def test_inspect_says_that_only_experts_leave(tmp_path, capsys):
+    model_of("mixtral").config.save_pretrained(tmp_path)
+    assert run("inspect", "--model", tmp_path, "--pattern", "experts") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "leaves the layers outside of the experts as they are" in out
+
+
 def test_inspect_says_that_hidden_units_are_in_few_layers(inputs, capsys):
     assert run("inspect", "--model", inputs / "llama", "--pattern", "structured") == 0
     assert (

@@ -45,6 +45,7 @@ class RemoveExperts(Removal):
 
     expert_noun = "expert"
     fate_of_rare_experts = "scored by these"
+    inspect_note = "--pattern experts removes whole experts, and leaves the layers outside of the experts as they are."
 
     def __init__(self) -> None:
         self._mixtures: list[Mixture] = []
