@@ -324,6 +324,7 @@ def mixture(inputs, tmp_path):
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:The model .* is quantized")
 @pytest.mark.parametrize("stream", [True, False])
 def test_experts_that_fit_into_a_size(mixture, text, capsys, stream):
     weights = sum(file.stat().st_size for file in mixture.glob("*.safetensors"))
