@@ -60,11 +60,12 @@ def read_elsewhere(app: Sphinx, page: str, source: list[str]) -> None:
     if page in ELSEWHERE:
         file = Path(__file__).parents[1] / ELSEWHERE[page]
         text = file.read_text(encoding="utf-8").replace("](docs/", "](")
-        for name, file in ELSEWHERE.items():
-            text = text.replace(f"](../{file})", f"]({name}.md)")
         source[0] = text.replace("](notebooks)", "](notebooks/language_model.ipynb)")
     elif page == "api":
         source[0] = NAME.sub(whole_docstring, source[0].replace(HEAD, ""))
+    for name, file in ELSEWHERE.items():
+        link = rf"\]\((?:\.\./)?{re.escape(file)}(#[\w-]+)?\)"
+        source[0] = re.sub(link, rf"]({name}.md\1)", source[0])
 
 
 HEAD = "| name | members | what it is |\n| --- | --- | --- |\n"
