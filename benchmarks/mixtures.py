@@ -12,6 +12,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -168,9 +169,7 @@ def main(
         )
         runs.save(planned, in_new_process(forward, source, batches))
         numbers = in_new_process(drop, source, folder / "pruned", batches, sparsity)
-        row = Result(
-            **{**vars(planned), "method": "REAP", "pattern": "experts", "sparsity": sparsity}
-        )
+        row = replace(planned, method="REAP", pattern="experts", sparsity=sparsity)
         runs.save(row, numbers)
 
 

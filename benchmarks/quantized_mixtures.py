@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +41,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Quantize
 from wanda_lightning import TextDataModule, prune_from_disk
 
 GOALS = (0.25, 0.5)
+TRIES = 5  # llama.cpp sometimes ends before it has printed its last line
 GROUP = 32  # columns with one scale, in int4
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": GROUP}
 FP8_ROWS = {"num_bits": 8, "type": "float", "strategy": "channel"}
@@ -139,14 +141,15 @@ def by_llama_cpp(folder, text, options, llama_cpp):
     subprocess.run([*convert, "--outtype", "f32"], check=True, capture_output=True)
     binary = llama_cpp / "build" / "bin" / "llama-perplexity"
     sizes = ["-c", str(options.seqlen), "--chunks", str(options.limit)]
-    found = None
-    while not found:  # llama.cpp may end before it has printed its last line
+    for _ in range(TRIES):
         done = subprocess.run(
             [binary, "-m", file, "-f", text, *sizes], check=True, capture_output=True, text=True
         )
         found = re.search(r"Final estimate: PPL = (\S+)", done.stdout + done.stderr)
-    file.unlink()
-    return float(found[1])
+        if found:
+            file.unlink()
+            return float(found[1])
+    raise RuntimeError(f"llama-perplexity did not print its last line:\n{done.stdout}{done.stderr}")
 
 
 def gpt_oss(tokenizer):
@@ -208,8 +211,8 @@ def main(options: Text, *, llama_cpp: Path, folder: Path, save: str = ""):
         )
         runs(planned, partial(measure, source))
         for goal in GOALS:
-            row = {"method": "REAP, sum", "pattern": "experts", "sparsity": goal}
-            runs(Result(**{**vars(planned), **row}), partial(pruned, source, goal))
+            row = replace(planned, method="REAP, sum", pattern="experts", sparsity=goal)
+            runs(row, partial(pruned, source, goal))
 
     source = folder / "source"
     for name, form in FORMATS.items():

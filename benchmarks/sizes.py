@@ -10,6 +10,7 @@ A run times one block, from the moment before its first layer is pruned to the s
 timed by itself. Two numbers of windows show how memory grows.
 """
 
+import copy
 import os
 import re
 import shutil
@@ -31,7 +32,6 @@ from wanda_lightning.masks.remove_weights import RemoveWeights
 LENGTH = 2048
 BATCH = 4  # as in the command
 BLOCKS = 2
-HEADS = {"num_attention_heads": 32}
 SHAPES = {
     "Llama 3.2 1B": LlamaConfig(
         hidden_size=2048,
@@ -40,7 +40,7 @@ SHAPES = {
         num_key_value_heads=8,
         vocab_size=128256,
         tie_word_embeddings=True,
-        **HEADS,
+        num_attention_heads=32,
     ),
     "Llama 2 7B": LlamaConfig(
         hidden_size=4096,
@@ -48,7 +48,7 @@ SHAPES = {
         num_hidden_layers=32,
         num_key_value_heads=32,
         vocab_size=32000,
-        **HEADS,
+        num_attention_heads=32,
     ),
     "Qwen3 30B A3B": Qwen3MoeConfig(
         hidden_size=2048,
@@ -60,7 +60,7 @@ SHAPES = {
         head_dim=128,
         vocab_size=151936,
         norm_topk_prob=True,
-        **HEADS,
+        num_attention_heads=32,
     ),
 }
 # The clock of the first block ends at the first layer of the second one, so no other layer there is solved.
@@ -81,8 +81,9 @@ RUNS = (  # what a run measures, method, windows, further choices
 
 def two_blocks(name):
     """Return the configuration of a model with two blocks."""
-    shape = SHAPES[name]
-    return type(shape)(**{**shape.to_dict(), "num_hidden_layers": BLOCKS})
+    shape = copy.deepcopy(SHAPES[name])
+    shape.num_hidden_layers = BLOCKS
+    return shape
 
 
 def in_memory(name, dtype, windows, choices, is_timed=True):

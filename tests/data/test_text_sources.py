@@ -110,7 +110,7 @@ def test_brackets_in_a_text_are_not_nesting(tmp_path, tokenizer, documents):
     [
         ("a.txt", "caf\u00e9".encode("latin-1"), "can't decode byte 0xe9 in position 3"),
         ("a.jsonl", b'{"text": "a"}\n{"text": ', "JSON parse error"),
-        ("a.jsonl", b"", ""),
+        ("a.jsonl", b"", "the file is empty"),
         (
             "a.jsonl",
             b'{"text": "a"}\n{"a": ' + b"[" * 20_000 + b"]" * 20_000 + b"}",

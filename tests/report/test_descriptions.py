@@ -8,6 +8,7 @@ from torch import nn
 from wanda_lightning import Fisher, PruningConfig, prune
 from wanda_lightning.report import Measured
 from wanda_lightning.report.descriptions import (
+    AGREEMENT_METRICS,
     PERPLEXITY,
     TOP1,
     agreement_in_a_sentence,
@@ -29,6 +30,19 @@ def test_results_and_their_changes():
         change_of(TOP1, result)
         == "Top-1 accuracy on digits (360 images) fell from 90.00% to 87.50%."
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (0.25674, 0.00312, "0.2567 ± 0.0031"),
+        (3.21e-05, 1.14e-06, "3.2e-05 ± 1.1e-06"),
+        (0.0, None, "0.0000"),
+        (-0.5, None, "-0.5000"),
+    ],
+)
+def test_small_divergences_keep_their_digits(value, error, text):
+    assert AGREEMENT_METRICS["kl_divergence"].text(value, error) == text
 
 
 def test_agreement_with_the_dense_model_in_a_sentence():

@@ -143,13 +143,14 @@ def _group(title: str, place: int) -> Parameter:
     return Parameter(name="*", group=Group(title, sort_key=place))
 
 
-# Labels of results without a method, by pattern.
-_WITHOUT_METHOD = {"experts": "summed_reap", "experts_reap": "reap", "structured": "refit"}
 _MODEL = _group("Model", 0)
 _PRUNING = _group("Pruning", 1)
 _DATA = _group("Data", 2)
 _RESULTS = _group("Results", 3)
 _SESSION = _group("Session", 4)
+
+# Labels of results without a method, by pattern.
+_WITHOUT_METHOD = {"experts": "summed_reap", "experts_reap": "reap", "structured": "refit"}
 
 
 @_MODEL

@@ -82,10 +82,10 @@ def documents_in(texts: Any, option: str) -> Sequence[str] | Chats:
 
 def split_sources(texts: Any) -> list[Any]:
     """Return each of several sources: names with commas, or a list of which each item is a source of its own."""
-    if isinstance(texts, str) and not os.path.exists(
-        os.path.expanduser(texts)
-    ):  # False if it is too long
-        return [*map(str.strip, texts.split(","))]
+    if isinstance(texts, str):
+        # `Path.exists` raises an error for names that are too long.
+        is_path = os.path.exists(os.path.expanduser(texts))
+        return [texts] if is_path else [*map(str.strip, texts.split(","))]
     if isinstance(texts, list | tuple) and texts and all(map(_is_source, texts)):
         return [*texts]
     return [texts]

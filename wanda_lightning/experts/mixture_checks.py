@@ -36,6 +36,12 @@ def find_mixtures(config: PruningConfig, model: Module, inventory: Inventory) ->
     return found
 
 
+def pattern_of(config: PruningConfig) -> Experts:
+    """Return the pattern of a configuration that removes experts."""
+    assert isinstance(config.pattern, Experts)
+    return config.pattern
+
+
 def _why_not(
     config: PruningConfig, model: Module, inventory: Inventory, found: Sequence[Mixture]
 ) -> str:
@@ -64,9 +70,8 @@ def _why_not(
         if skipped.name.startswith(matrices):
             return f"drops experts in every layer, but skip or only leaves out {skipped.name}. {_OTHER_PATTERNS}"
 
-    assert isinstance(config.pattern, Experts)
     size = first.number // first.groups
-    kept = config.pattern.kept(size, config.sparsity)
+    kept = pattern_of(config).kept(size, config.sparsity)
     if kept == 0 or (kept == size and config.sparsity > 0):
         groups = f" in each of the {first.groups} groups" if first.groups > 1 else ""
         return (

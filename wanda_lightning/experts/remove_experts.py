@@ -13,9 +13,8 @@ from wanda_lightning.common.aliases import Action
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.wording import quantity
 from wanda_lightning.config import PruningConfig
-from wanda_lightning.core.patterns import Experts
 from wanda_lightning.core.types import Units
-from wanda_lightning.experts.mixture_checks import find_mixtures, refuse_if_it_differs
+from wanda_lightning.experts.mixture_checks import find_mixtures, pattern_of, refuse_if_it_differs
 from wanda_lightning.experts.mixtures import Mixture, counters_in
 from wanda_lightning.experts.saliency import ExpertSaliency
 from wanda_lightning.models import (
@@ -69,7 +68,7 @@ class RemoveExperts(Removal):
                 undo.callback(_declare(plan.config, plan.model, self._mixtures))
 
         self._complete = {mixture.experts: mixture for mixture in self._mixtures}
-        average = _experts(plan.config).average
+        average = pattern_of(plan.config).average
         self._saliency = ExpertSaliency(self._mixtures, average, plan.processes)
         self._dense_parameters = number_of_parameters(plan.model)
         for layer in plan.layers:
@@ -128,7 +127,7 @@ class RemoveExperts(Removal):
 
     def complete(self, plan: Plan, report: PruningReport) -> PruningReport:
         """Count the parameters that are gone as zeros, and say so."""
-        criterion = "REAP" if _experts(plan.config).average else "summed REAP"
+        criterion = "REAP" if pattern_of(plan.config).average else "summed REAP"
         zeros = self._dense_parameters - number_of_parameters(plan.model)
         before = self._mixtures[0].number
         gone = before - len(self._mixtures[0].slots[-1].tensor)
@@ -195,11 +194,6 @@ class RemoveExperts(Removal):
             if tokens < observer.MIN_EXPERT_TOKENS and layer.expert not in seen:
                 run.done.few_tokens[layer.name] = tokens
             seen.add(layer.expert)
-
-
-def _experts(config: PruningConfig) -> Experts:
-    assert isinstance(config.pattern, Experts)
-    return config.pattern
 
 
 def _take_shapes(config: PruningConfig, mixture: Mixture) -> Action:

@@ -1,4 +1,4 @@
-"""How many experts fit into a size."""
+"""Find how many experts fit into a size."""
 
 import re
 from collections.abc import Mapping

@@ -86,7 +86,7 @@ class AgreementMetric(NamedTuple):
         if self.is_share:
             text = f"{value:.2%}"
             return text if error is None else f"{text} ± {100 * error:.2f}"
-        form = ".4f" if value >= 0.001 else ".2g"
+        form = ".2g" if 0 < value < 0.001 else ".4f"
         text = f"{value:{form}}"
         return text if error is None else f"{text} ± {error:{form}}"
 

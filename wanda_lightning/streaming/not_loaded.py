@@ -48,16 +48,19 @@ def largest_routers(
     for path, keys in checkpoint.not_loaded.items():
         with safe_open(path, framework="pt") as file:
             for key in keys:
+                stored = file.get_slice(key)
+                shape = stored.get_shape()
                 inside = _OF_MIXTURE.fullmatch(key)
-                dtype = file.get_slice(key).get_dtype()
                 if inside:
                     found.add(inside[1])
-                elif _has_entries(key, file.get_slice(key).get_shape(), mixture.number):
+                elif _has_entries(key, shape, mixture.number):
                     return None
-                if checkpoint.quantization and not checkpoint.copies and dtype not in _FLOATS:
+                is_quantized = checkpoint.quantization and stored.get_dtype() not in _FLOATS
+                if is_quantized and not checkpoint.copies:
                     return None
+
                 router = _ROUTER.fullmatch(key)
-                if router and file.get_slice(key).get_shape()[0] == mixture.number:
+                if router and shape[0] == mixture.number:
                     sizes = vector_norm(file.get_tensor(key).float(), dim=1)
                     keep = config.pattern(sizes.view(mixture.groups, -1), config.sparsity)
                     indices = keep.flatten().nonzero().flatten().tolist()

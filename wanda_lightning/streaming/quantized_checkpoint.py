@@ -135,7 +135,7 @@ def require_weights(name: str, parameters: Mapping[str, str]) -> None:
 
 @dataclass(frozen=True)
 class Spread:
-    """How to repeat scales of blocks that do not divide a weight, because transformers divides it into equal blocks."""
+    """Repeats the scales of blocks that do not divide a weight: transformers would divide it into equal blocks."""
 
     block: tuple[int, int]  # rows and columns with one scale
     shape: tuple[int, int]  # of the weight
