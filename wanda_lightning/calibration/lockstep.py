@@ -36,7 +36,7 @@ from wanda_lightning.calibration.surroundings import (
 from wanda_lightning.calibration.torch_internals import COMPILED_CALL
 from wanda_lightning.calibration.trees import clone_arguments
 from wanda_lightning.common.aliases import Action, Forward, Kwargs
-from wanda_lightning.models import Stop
+from wanda_lightning.models import Stop, head_within
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 
 
@@ -120,8 +120,8 @@ def lockstep(
 
     If samples are parked at different stops, the first of these in the given order is next. A sample that reaches a
     stop again, because the model calls its module several times, does not wait. After the last stop every sample ends,
-    so the rest of the model is not computed. Only one sample continues to the end of the model, to find out whether the
-    model calls a stop again.
+    so the rest of the model is not computed. Only one sample continues, to the end of the model or to the output head
+    of a language model, to find out whether the model calls a stop again.
 
     Args:
         stops: Their modules are disjoint.
@@ -179,7 +179,8 @@ def _visits(
             pending.discard(index)
             if not pending and not to_end:
                 if batches_here:
-                    _find_passed(batches_here[-1], stops, passed)  # the innermost
+                    with _ending_at_head(model):
+                        _find_passed(batches_here[-1], stops, passed)  # the innermost
                 return
 
             with processes.fail_together():
@@ -212,6 +213,18 @@ def _find_passed(batch: _Batch, stops: Sequence[Stop], passed: Passed) -> None:
             if batch.call is None or batch.call.stop in passed.again:
                 break
             _note_passed([batch], stops[batch.stop], passed)
+
+
+@contextmanager
+def _ending_at_head(model: Module | None) -> Iterator[None]:
+    """End a sample at the output head of a language model, which calls no stop and is as large as some blocks."""
+    head = head_within(model) if model is not None else None
+    with patched(head, "forward", _end) if head is not None else nullcontext():
+        yield
+
+
+def _end(*args: object, **kwargs: object) -> None:
+    raise GreenletExit
 
 
 @contextmanager

@@ -284,8 +284,7 @@ class ModuleAttributes:
         # Each module with a dictionary of its attributes, or of its buffers.
         self._places = []
         for module in model.modules() if model is not None else ():
-            # Most modules are PyTorch's own, which set nothing in a forward pass.
-            if not type(module).__module__.startswith("torch.nn."):
+            if not _is_of_torch(module):
                 self._places.append((module, vars(module)))
                 if module._buffers:
                     self._places.append((module, module._buffers))
@@ -321,7 +320,8 @@ class ModuleAttributes:
         """Return where the batch may set attributes that are kept: for all but the first two, where these have."""
         if self._places and len(self._first) < 2 and batch not in self._first:
             self._first.append(batch)
-        if batch not in self._first:
+        is_single = module is not None and _is_of_torch(module) and not module._modules
+        if batch not in self._first or (is_single and not _has_hooks(module)):
             return self._apart.values()
         inside = {*module.modules()} if module is not None else set()
         return [attributes for owner, attributes in self._places if owner not in inside]
@@ -335,6 +335,15 @@ class ModuleAttributes:
             self._own[key] = {setter: change.former}
             self._apart[key.place] = change.attributes
         return self._own.get(key)
+
+
+def _is_of_torch(module: Module) -> bool:
+    """Whether a module is PyTorch's own, as most are: these set nothing in a forward pass."""
+    return type(module).__module__.startswith("torch.nn.")
+
+
+def _has_hooks(module: Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class _Key(NamedTuple):

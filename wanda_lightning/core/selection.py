@@ -31,7 +31,9 @@ class Selection:
     def score(self, weight: Weight, inputs: InputStatistics) -> Score:
         """Score the weights."""
         scores = self.criterion(weight, inputs)
-        if scores.shape != weight.shape or scores.isnan().any():
+        # A sum of numbers with NaN is NaN: one fast pass, where the check of each number would need a copy.
+        may_hold_nan = bool(scores.sum().isnan())
+        if scores.shape != weight.shape or (may_hold_nan and scores.isnan().any()):
             raise UserError(
                 f"criterion={self.criterion} must return a score for each weight, none of them NaN, but for "
                 f"{tuple(weight.shape)} weights it returned {tuple(scores.shape)} scores, with "

@@ -12,6 +12,7 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.grouping import grouped
 from wanda_lightning.core.statistics import Inputs, InputStatistics, relative_error
 from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Stop
+from wanda_lightning.models.layers import all_finite
 from wanda_lightning.planning.plan import Plan
 from wanda_lightning.planning.removal import Removal
 from wanda_lightning.planning.run import Run, unreached
@@ -156,8 +157,8 @@ def _check_solved(plan: Plan, solved: _Solved, is_unchanged: bool) -> None:
             f"{criterion} and {solver} must not change the weight that they receive, but one of them changed that of "
             f"{name}. Work on a copy, such as weight.abs() or weight.clone(), and reload the model."
         )
-    is_finite = solved.sparse.isfinite()
-    if tuple(solved.sparse.shape) != shape or not is_finite.all():
+    if tuple(solved.sparse.shape) != shape or not all_finite(solved.sparse):
+        is_finite = solved.sparse.isfinite()
         raise UserError(
             f"{solver} must return a finite weight of the shape {shape} for {name}, but it returned one of the shape "
             f"{tuple(solved.sparse.shape)}, with {int((~is_finite).sum())} numbers that are NaN or infinite."
@@ -200,7 +201,8 @@ def _record(
 
 def share_of_zeros(weight: Tensor) -> float:
     """Return the fraction of a weight's entries that are zero."""
-    return int((weight == 0).sum()) / weight.numel()
+    # Not `sum`, which is 6 times as slow for 4096 x 4096 weights.
+    return int((weight == 0).count_nonzero()) / weight.numel()
 
 
 def _notes(

@@ -29,7 +29,7 @@ from wanda_lightning.models.task import (
     find_predictions as find_predictions,
     has_classes as has_classes,
     has_vectors as has_vectors,
-    own_head as own_head,
+    head_within as head_within,
     reads_images as reads_images,
 )
 from wanda_lightning.models.tied import (

@@ -111,6 +111,11 @@ def own_head(module: Module) -> Module | None:
     return head if isinstance(head, Module) else None
 
 
+def head_within(model: Module) -> Module | None:
+    """Return the output head of the first language model within a model, which may wrap it; None if there is none."""
+    return next(filter(None, map(own_head, model.modules())), None)
+
+
 def check_tokens(model: Any, input_ids: object) -> None:
     """Raise a ValueError for token ids without an embedding in the model.
 

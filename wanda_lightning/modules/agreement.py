@@ -15,7 +15,7 @@ from torch.nn import Module, functional as F
 
 from wanda_lightning.common.float64 import widened
 from wanda_lightning.core.losses import row_divergences
-from wanda_lightning.models import find_predictions, has_classes, own_head
+from wanda_lightning.models import find_predictions, has_classes, head_within
 from wanda_lightning.modules.perplexity import predicted_tokens
 from wanda_lightning.training.predictions import gives_predictions
 
@@ -75,7 +75,7 @@ class Agreement:
     @contextmanager
     def storing(self, model: Module) -> Iterator[AfterBatch]:
         """Yield a function to call after each batch that the dense model runs in this block."""
-        head = next(filter(None, map(own_head, model.modules())), None)
+        head = head_within(model)
         with _watching(model, head) as last:
 
             @torch.no_grad()
@@ -91,7 +91,7 @@ class Agreement:
     def comparing(self, model: Module) -> Iterator[AfterBatch]:
         """Yield a function to call after each batch that the pruned model runs in this block."""
         self._values = defaultdict(lambda: defaultdict(list))
-        head = next(filter(None, map(own_head, model.modules())), None)
+        head = head_within(model)
         with _watching(model, None) as last:
 
             @torch.no_grad()

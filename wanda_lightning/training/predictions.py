@@ -22,7 +22,7 @@ from wanda_lightning.models import (
     find_predictions,
     fitting_mask,
     has_classes,
-    own_head,
+    head_within,
 )
 from wanda_lightning.parallel import Processes
 
@@ -206,7 +206,7 @@ def _refuse_unusable(predictions: Tensor, sample: Sample) -> None:
 def output_head(model: Module, layers: Sequence[Layer]) -> Module | None:
     """Return the output head of the language model, which may be wrapped; None if there is none or it is pruned."""
     pruned = {layer.parameter for layer in layers}
-    head = next(filter(None, map(own_head, model.modules())), None)
+    head = head_within(model)
     if head is None or not pruned.isdisjoint(head.parameters()):
         return None
     return head
