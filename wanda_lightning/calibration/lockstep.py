@@ -139,6 +139,18 @@ def lockstep(
     return Visits(stops, passed, _visits(stops, samples, processes, to_end, model, passed))
 
 
+def rehearse_batch(model: Module, batch: Sample, part: Sample) -> None:
+    """Run a part of a batch, or the batch if its part fails, to the output head or the end of the model.
+
+    What the model raises is raised here, before any weight changes.
+    """
+    with _ending_at_head(model), suppress(GreenletExit):
+        try:
+            part.forward()
+        except Exception:  # the code of a model may raise anything
+            batch.forward()
+
+
 def _visits(
     stops: Sequence[Stop],
     samples: Sequence[Sample],

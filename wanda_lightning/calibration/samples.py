@@ -128,6 +128,12 @@ class Samples:
             parts = [take(batch, index, index + 1) for index in range(count)]
         return [self._sample(part, sample.batch_index, size) for part in parts]
 
+    def first_of(self, sample: Sample) -> Sample:
+        """Return the first sample of a batch, judged by its shapes; the batch itself if it cannot be split."""
+        if separable_samples(sample.batch) == 1:
+            return sample
+        return self._sample(take(sample.batch, 0, 1), sample.batch_index, 1)
+
     def _separable(self, batch: Any) -> int:
         """Return the number of samples that a batch can be split into; two samples of each layout are tried."""
         count = separable_samples(batch)

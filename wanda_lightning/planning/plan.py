@@ -100,6 +100,12 @@ class Plan:
         return self.config.sequential == "none" and bool(self.config.needs)
 
     @property
+    def runs_dense(self) -> bool:
+        """Whether batches run through the whole dense model, for its statistics or gradients, before it is pruned."""
+        config = self.config
+        return self.is_one_pass or bool(config.allocation.needs) or config.reads_gradients
+
+    @property
     def observed(self) -> frozenset[str]:
         """The statistics that are collected before the layers of a stop are pruned."""
         return self.config.needs if self.is_one_pass else self.config.stop_needs

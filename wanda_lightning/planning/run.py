@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
-from wanda_lightning.calibration.lockstep import Passed, Visit, Visits, lockstep
+from wanda_lightning.calibration.lockstep import Passed, Visit, Visits, lockstep, rehearse_batch
 from wanda_lightning.calibration.observer import Observation, StopObserver
 from wanda_lightning.calibration.pruning_mode import RestoredBuffers
 from wanda_lightning.calibration.samples import Samples
@@ -148,6 +148,10 @@ class WeightStore:
             return
 
         samples = run.samples.in_memory()
+        if not plan.runs_dense:
+            with plan.processes.fail_together():
+                for sample in samples[:1]:  # a process may have none
+                    rehearse_batch(plan.model, sample, run.samples.first_of(sample))
         with closing(lockstep(plan.stops, samples, plan.processes, model=plan.model)) as visits:
             run.done.passed = visits.passed
             for visit in visits:
