@@ -29,6 +29,7 @@ from wanda_lightning.calibration.torch_internals import (
 from wanda_lightning.calibration.trees import clone_arguments, tensors_within
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.placeholders import is_unloaded
+from wanda_lightning.models import has_hooks
 
 _Result = TypeVar("_Result")
 
@@ -320,8 +321,7 @@ class ModuleAttributes:
         """Return where the batch may set attributes that are kept: for all but the first two, where these have."""
         if self._places and len(self._first) < 2 and batch not in self._first:
             self._first.append(batch)
-        is_single = module is not None and _is_of_torch(module) and not module._modules
-        if batch not in self._first or (is_single and not _has_hooks(module)):
+        if batch not in self._first or (module is not None and _sets_nothing(module)):
             return self._apart.values()
         inside = {*module.modules()} if module is not None else set()
         return [attributes for owner, attributes in self._places if owner not in inside]
@@ -342,8 +342,9 @@ def _is_of_torch(module: Module) -> bool:
     return type(module).__module__.startswith("torch.nn.")
 
 
-def _has_hooks(module: Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _sets_nothing(module: Module) -> bool:
+    """Whether a call of a module runs only code of PyTorch: no module within it, and no hook."""
+    return _is_of_torch(module) and not has_hooks(module) and not [*module.children()]
 
 
 class _Key(NamedTuple):

@@ -22,7 +22,7 @@ from wanda_lightning.models.padding import (
     fitting_mask as fitting_mask,
     token_masks as token_masks,
 )
-from wanda_lightning.models.skip_reasons import SkipReason as SkipReason
+from wanda_lightning.models.skip_reasons import SkipReason as SkipReason, has_hooks as has_hooks
 from wanda_lightning.models.task import (
     causal_config as causal_config,
     check_tokens as check_tokens,

@@ -185,3 +185,8 @@ def why_unsupported(module: Module, parameter_name: str) -> str:
     if parameter_name in stacked_experts(module):
         return f"{kind} does not show which dimension of the experts' matrices in {parameter_name} is the input"
     return f"{parameter_name} of {kind} is not the weight of a supported layer ({', '.join(layer_kinds())})"
+
+
+def has_hooks(module: Module) -> bool:
+    """Whether other code runs before or after the forward of a module."""
+    return bool(module._forward_pre_hooks or module._forward_hooks)
