@@ -98,9 +98,9 @@ def test_an_error_names_the_batch_and_the_unit(sequential, samples, place):
     with pytest.raises(
         (RuntimeError, ValueError), match=r"three is too many|and the layer takes 8 features"
     ) as caught:
-        prune(model, [X8, torch.ones(shape)], sequential=sequential)
+        prune(model, [X8, X8, torch.ones(shape)], sequential=sequential)
     assert (
-        f"This happened in {place}calibration batch 1 (counted from 0), with shapes {shape}."
+        f"This happened in {place}calibration batch 2 (counted from 0), with shapes {shape}."
         in " ".join(caught.value.__notes__)
     )
 

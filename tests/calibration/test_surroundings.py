@@ -1,4 +1,4 @@
-"""Each model has a twin that computes the same without anything around its blocks: both must get the same masks."""
+"""What surrounds the blocks of a model is kept apart for each batch; what it keeps elsewhere is noticed."""
 
 import contextlib
 import logging
@@ -85,7 +85,7 @@ def batches():
     return [(1 + index) * torch.randn(3, 5, WIDTH, generator=generator) for index in range(4)]
 
 
-# ---- models and their twins
+# ---- models and their twins, which compute the same without anything around their blocks
 
 
 def in_order(model, x):
@@ -201,20 +201,6 @@ MODELS = {
         [with_next_scale],
     ),
     "a mode for each block": ([in_modes], [with_gains]),
-    "attribute": ([with_attribute, lambda model, x: model.scale], [with_scale]),
-    "attribute set on blocks": (
-        [with_attributes_of_blocks, lambda model, x: model.blocks[1].scale],
-        [with_scale],
-    ),
-    "helper": ([with_helper, lambda model, x: model.helper.scale], [with_scale]),
-    "loop": (
-        [with_attribute_in_a_loop, lambda model, x: model.scale],
-        [lambda model, x: in_a_loop(model, x, scale=1 / deviation(x))],
-    ),
-    "attribute of a block": (
-        [with_attribute, lambda model, x: model.scale, set_attribute],
-        [with_next_scale],
-    ),
 }
 """By name: what a model runs, and what its blocks run before and after; the same for its twin."""
 
@@ -251,6 +237,97 @@ def test_what_surrounds_the_blocks_of_a_batch_is_its_own(name, choices, caplog):
     assert_same(zeros(model), zeros(twin))
     assert_same(given, batches())
     assert "each batch runs whole" not in caplog.text
+
+
+# ---- what a model keeps elsewhere, where only the latest batch finds its own
+
+
+def with_output_kept(model, x):
+    for block in model.blocks:
+        block.output = block(x)
+        x = block.output
+    return x
+
+
+def with_attribute_of_torch(model, x):
+    model.head.scale = 1 / deviation(x)
+    return in_order(model, x)
+
+
+def with_buffer(change):
+    def run(model, x):
+        change(model.helper, 1 / deviation(x[:1]))
+        return in_order(model, x)
+
+    return run
+
+
+def write_in_place(helper, scale):
+    helper.scale.copy_(scale.flatten())
+
+
+def write_data(helper, scale):
+    helper.scale.data = scale.flatten()
+
+
+KEPT = {}
+
+
+def with_dictionary(model, x):
+    KEPT["scales"] = [1 / deviation(x)]
+    return in_order(model, x)
+
+
+STATEFUL = {
+    "attribute": [with_attribute, lambda model, x: model.scale],
+    "attribute set on blocks": [with_attributes_of_blocks, lambda model, x: model.blocks[1].scale],
+    "helper": [with_helper, lambda model, x: model.helper.scale],
+    "loop": [with_attribute_in_a_loop, lambda model, x: model.scale],
+    "attribute of a layer": [with_attribute_of_torch, lambda model, x: model.head.scale],
+    "buffer written in place": [with_buffer(write_in_place), lambda model, x: model.helper.scale],
+    "data of a buffer": [with_buffer(write_data), lambda model, x: model.helper.scale],
+    "dictionary": [with_dictionary, lambda model, x: KEPT["scales"][0]],
+}
+
+
+def assert_runs_in_one_pass(model, twin, caplog, **choices):
+    """The masks are those of plain passes, and the report and a warning say so."""
+    with caplog.at_level(logging.WARNING):
+        report = prune(model, batches(), **choices)
+    prune(twin, batches(), **choices | {"sequential": "none"})
+    assert_same(zeros(model), zeros(twin))
+    assert report.config["sequential"] == "none"
+    assert "since the model keeps something of the batch" in report.notes[0]
+    assert report.notes[0] in caplog.text
+
+
+@pytest.mark.parametrize("choices", ["layer", "block", "best", "owl"])
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_model_that_keeps_state_runs_in_one_pass(name, choices, caplog):
+    model, twin = (Net(*STATEFUL[name]) for _ in range(2))
+    assert_runs_in_one_pass(model, twin, caplog, **CHOICES[choices])
+
+
+@pytest.mark.parametrize("sequential", ["layer", "block"])
+def test_hooks_may_keep_state_too(sequential, caplog):
+    """A sequence of layers of PyTorch, which is not compared unless it has hooks."""
+
+    def build():
+        torch.manual_seed(0)
+        layers = [layer for _ in range(3) for layer in (nn.Linear(WIDTH, WIDTH), nn.GELU())]
+        model = nn.Sequential(*layers)
+        kept = []
+        model[0].register_forward_hook(lambda module, args, output: kept.append(output))
+        model[4].register_forward_pre_hook(lambda module, args: args[0] + kept[-1])
+        return model
+
+    assert_runs_in_one_pass(build(), build(), caplog, sequential=sequential)
+
+
+def test_blocks_that_read_kept_state_are_not_trained():
+    model = Net(*STATEFUL["attribute"])
+    message = refusal(model, batches(), recovery="reconstruct", sequential="block")
+    assert "blocks.1 gets other inputs than in a plain forward pass" in message
 
 
 def test_a_forward_may_take_keys_from_its_batch():

@@ -27,12 +27,7 @@ from wanda_lightning.calibration.interception import Multiply, Product, WeightIn
 from wanda_lightning.calibration.pruning_mode import patched
 from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.calibration.stall_watch import StallWatch
-from wanda_lightning.calibration.surroundings import (
-    ModuleAttributes,
-    Surroundings,
-    TorchState,
-    refuse_transforms,
-)
+from wanda_lightning.calibration.surroundings import Surroundings, TorchState, refuse_transforms
 from wanda_lightning.calibration.torch_internals import COMPILED_CALL
 from wanda_lightning.calibration.trees import clone_arguments
 from wanda_lightning.common.aliases import Action, Forward, Kwargs
@@ -128,8 +123,7 @@ def lockstep(
         samples: The samples of this process.
         processes: All of them visit the same stops.
         to_end: Let the samples run to the end of the model, and wait at each visit of a stop.
-        model: Contains the stops. If its forward sets attributes of its modules for each sample, they are each sample's
-            own.
+        model: Contains the stops.
 
     Returns:
         The visits. Nothing runs before the first one is asked for. An exception, like `close`, ends all samples and
@@ -139,16 +133,10 @@ def lockstep(
     return Visits(stops, passed, _visits(stops, samples, processes, to_end, model, passed))
 
 
-def rehearse_batch(model: Module, batch: Sample, part: Sample) -> None:
-    """Run a part of a batch, or the batch if its part fails, to the output head or the end of the model.
-
-    What the model raises is raised here, before any weight changes.
-    """
+def run_to_head(model: Module, sample: Sample) -> None:
+    """Run a sample alone, to the output head of a language model, or else to the end of the model."""
     with _ending_at_head(model), suppress(GreenletExit):
-        try:
-            part.forward()
-        except Exception:  # the code of a model may raise anything
-            batch.forward()
+        sample.forward()
 
 
 def _visits(
@@ -161,11 +149,7 @@ def _visits(
 ) -> Generator[Visit]:
     pending = set(range(len(stops)))
     with _parking(stops), StallWatch() as watch, ExitStack() as ends:
-        attributes = ModuleAttributes(model)
-        batches = [
-            _Batch(sample, stops, attributes, watch)
-            for sample in _parking_at_products(samples, stops)
-        ]
+        batches = [_Batch(sample, stops, watch) for sample in _parking_at_products(samples, stops)]
         for batch in batches:
             # In reverse order, as contexts nest: a batch may have entered one inside the context of the batch before.
             ends.callback(batch.end)
@@ -294,9 +278,7 @@ class _Batch(greenlet):
     Uncaught, `GreenletExit` ends it. Models rarely catch that, because it is no `Exception`.
     """
 
-    def __init__(
-        self, sample: Sample, stops: Sequence[Stop], attributes: ModuleAttributes, watch: StallWatch
-    ) -> None:
+    def __init__(self, sample: Sample, stops: Sequence[Stop], watch: StallWatch) -> None:
         super().__init__()
         # The call at which the batch is parked; None while it runs and after its end.
         self.call: Call | None = None
@@ -305,7 +287,6 @@ class _Batch(greenlet):
         self.index = sample.batch_index
         self._sample = sample
         self._stops = stops
-        self._attributes = attributes
         self._watch = watch
         self._ended = False
         self._output: Any = None
@@ -338,9 +319,8 @@ class _Batch(greenlet):
         refuse_transforms(self._stops[stop].name)
         self._state = TorchState()
         self.stop = stop
+        surroundings = Surroundings(self, self._state, self._outside)
         name = self._stops[stop].name
-        module = self._stops[stop].module
-        surroundings = Surroundings(self, self._state, self._outside, self._attributes, module)
         self.call = Call(self._sample, name, forward, args, kwargs, surroundings)
         del args, kwargs  # the scheduler frees the activations when the module has run
 
@@ -359,11 +339,7 @@ class _Batch(greenlet):
         self._output = output
         self.parent = getcurrent()
         del output  # this frame must not hold it while the batch runs
-        with (
-            self._watch.watching(self.index),
-            self._attributes.of(self),
-            self._state.entered(exactly=True),
-        ):
+        with self._watch.watching(self.index), self._state.entered(exactly=True):
             self.switch()
 
     def end(self) -> None:

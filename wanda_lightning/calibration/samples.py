@@ -72,7 +72,7 @@ class Samples:
         self._predict = partial(_on_copy, predict or forward or self._forward_on_device)
 
         # Without its weights in memory, a model cannot try whether samples run alone.
-        self._can_try = not any(
+        self.can_try = not any(
             is_unloaded(parameter)
             for parameter in model.parameters()
             if not isinstance(parameter, UninitializedParameter)
@@ -138,7 +138,7 @@ class Samples:
         """Return the number of samples that a batch can be split into; two samples of each layout are tried."""
         count = separable_samples(batch)
         dimensions = tuple(tensor.ndim for tensor in tensors_of(batch))
-        if count > 1 and self._can_try and dimensions not in self._splits:
+        if count > 1 and self.can_try and dimensions not in self._splits:
             self._splits[dimensions] = run_alone(self._predict, batch)
         return count if self._splits.get(dimensions, True) else 1
 

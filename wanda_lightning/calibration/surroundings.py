@@ -1,13 +1,13 @@
 """Keep apart what surrounds the forward passes of batches that run in turn.
 
-A plain forward pass has PyTorch's state, the context variables and the attributes of the modules to itself. In lockstep
-many passes share them, and neither PyTorch nor greenlet switches them. So this file restores each batch's own whenever
-the batch continues or one of its modules runs.
+A plain forward pass has PyTorch's state and the context variables to itself. In lockstep many passes share them, and
+neither PyTorch nor greenlet switches them. So this file restores each batch's own whenever the batch continues or one
+of its modules runs. What a model keeps elsewhere is not kept apart: `lockstep_check.py` finds out whether it does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from torch.backends import cuda
 from torch.nn import Module
 
 from wanda_lightning.calibration.interception import WeightInterceptor
-from wanda_lightning.calibration.snapshot import ABSENT, Attributes, Change, Snapshot, set_or_delete
+from wanda_lightning.calibration.snapshot import ABSENT, Snapshot
 from wanda_lightning.calibration.torch_internals import (
     active_modes,
     inside_transform,
@@ -28,8 +28,6 @@ from wanda_lightning.calibration.torch_internals import (
 )
 from wanda_lightning.calibration.trees import clone_arguments, tensors_within
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.core.placeholders import is_unloaded
-from wanda_lightning.models import has_hooks
 
 _Result = TypeVar("_Result")
 
@@ -51,34 +49,28 @@ class _WholePass:
 
 @dataclass(frozen=True)
 class Surroundings:
-    """The surroundings of a call of a module: PyTorch's state, context variables, and attributes of modules."""
+    """The surroundings of a call of a module: PyTorch's state and context variables."""
 
     batch: Pass
     state: TorchState
     outside: Context  # the context variables around the whole pass
-    attributes: ModuleAttributes
-    module: Module | None = None
 
     @classmethod
     def present(cls) -> Surroundings:
         """Return what surrounds this call, for a module that runs outside of lockstep."""
         outside = copy_context()
         with torch.no_grad():
-            return cls(_WholePass(outside.copy()), TorchState(), outside, ModuleAttributes(None))
+            return cls(_WholePass(outside.copy()), TorchState(), outside)
 
     def run(self, function: Callable[[], _Result]) -> _Result:
         """Run a function as a part of the batch's own pass, whose later modules see what it sets."""
-        with self.attributes.of(self.batch, self.module), self.state.entered():
+        with self.state.entered():
             return self.batch.context.run(function)
 
     def try_out(self, function: Callable[[], _Result]) -> _Result:
         """Run a function without gradients, then take back what it has set: the batch does not see it."""
         context = self.batch.context.copy()
-        with (
-            self.attributes.of(self.batch, self.module, undo=True),
-            self.state.entered(),
-            torch.no_grad(),
-        ):
+        with self.state.entered(), torch.no_grad():
             context.run(self._clone_variables)
             return context.run(function)
 
@@ -271,89 +263,3 @@ def modules_around(model: Module, modules: Collection[Module]) -> list[Module]:
         for module in model.modules()
         if module not in inner and not inner.isdisjoint(module.modules())
     ]
-
-
-class ModuleAttributes:
-    """Keeps a value for each batch of the attributes that the model sets for each, such as `self.scale = x.std()`.
-
-    The first two batches show which attributes and buffers these are: those that both set, in any module but those of
-    `torch.nn`. All others are shared, such as a mask that is made at the first call, and so is what dictionaries and
-    other objects hold.
-    """
-
-    def __init__(self, model: Module | None) -> None:
-        # Each module with a dictionary of its attributes, or of its buffers.
-        self._places = []
-        for module in model.modules() if model is not None else ():
-            if not _is_of_torch(module):
-                self._places.append((module, vars(module)))
-                if module._buffers:
-                    self._places.append((module, module._buffers))
-        self._first: list[Pass] = []  # the first two batches
-        self._setters: dict[_Key, Pass] = {}  # the first batch that has set an attribute
-        self._own: dict[_Key, dict[Pass, Any]] = {}  # of the attributes that both have set
-        self._apart: dict[int, Attributes] = {}  # the places of these attributes
-
-    @contextmanager
-    def of(self, batch: Pass, module: Module | None = None, undo: bool = False) -> Iterator[None]:
-        """Give the modules the values of a batch, and keep what it sets in this block, or `undo` it.
-
-        What a `module` that runs as a whole sets in itself is not kept: no other batch runs in between.
-        """
-        for key, values in self._own.items():
-            if batch in values:
-                set_or_delete(self._apart[key.place], key.name, values[batch])
-        before = Snapshot(self._watched(batch, module))
-        try:
-            yield
-        finally:
-            for change in before.changes():
-                present = change.attributes.get(change.name, ABSENT)
-                if _is_unloaded(change.former) or _is_unloaded(present):
-                    continue
-                own_values = self._own_values(batch, change)
-                if own_values is not None and not undo:
-                    own_values[batch] = present
-            if undo:
-                before.restore()
-
-    def _watched(self, batch: Pass, module: Module | None) -> Iterable[Attributes]:
-        """Return where the batch may set attributes that are kept: for all but the first two, where these have."""
-        if self._places and len(self._first) < 2 and batch not in self._first:
-            self._first.append(batch)
-        if batch not in self._first or (module is not None and _sets_nothing(module)):
-            return self._apart.values()
-        inside = {*module.modules()} if module is not None else set()
-        return [attributes for owner, attributes in self._places if owner not in inside]
-
-    def _own_values(self, batch: Pass, change: Change) -> dict[Pass, Any] | None:
-        """Note that a batch has set an attribute; return the values of the batches, if two batches have set it."""
-        key = _Key(id(change.attributes), change.name)
-        setter = self._setters.setdefault(key, batch)
-        if setter is not batch and key not in self._own:
-            # Until now, the attribute had the value of the batch that set it first.
-            self._own[key] = {setter: change.former}
-            self._apart[key.place] = change.attributes
-        return self._own.get(key)
-
-
-def _is_of_torch(module: Module) -> bool:
-    """Whether a module is PyTorch's own, as most are: these set nothing in a forward pass."""
-    return type(module).__module__.startswith("torch.nn.")
-
-
-def _sets_nothing(module: Module) -> bool:
-    """Whether a call of a module runs only code of PyTorch: no module within it, and no hook."""
-    return _is_of_torch(module) and not has_hooks(module) and not [*module.children()]
-
-
-class _Key(NamedTuple):
-    """An attribute of one module."""
-
-    place: int  # the identity of the dictionary
-    name: str
-
-
-def _is_unloaded(value: Any) -> bool:
-    """Whether a value is a tensor that is read from disk when it is needed; to load it is not to set it."""
-    return isinstance(value, Tensor) and is_unloaded(value)

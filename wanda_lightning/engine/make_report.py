@@ -81,6 +81,7 @@ def _notes_on(run: Run, removal: Removal, dense: SkippedMatrices) -> list[Note]:
         removal.coverage(run.plan.inventory, dense),
     )
     return [
+        *([Note(run.fallback)] if run.fallback else []),
         *_on_layers(run, removal, dense),
         *filter(None, on_coverage),
         *_on_targets(run),

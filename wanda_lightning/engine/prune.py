@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from wanda_lightning.calibration.batches import BatchFunction
 from wanda_lightning.calibration.error_notes import note_on_error
 from wanda_lightning.calibration.gradients import check_predictions, gradient_statistics
+from wanda_lightning.calibration.lockstep import run_to_head
+from wanda_lightning.calibration.lockstep_check import differing_stop, may_keep_state
 from wanda_lightning.calibration.observer import (
     Observation,
     Observer,
@@ -21,7 +23,8 @@ from wanda_lightning.calibration.observer import (
     StopObserver,
 )
 from wanda_lightning.calibration.pruning_mode import pruning_mode
-from wanda_lightning.calibration.samples import Samples
+from wanda_lightning.calibration.samples import Sample, Samples
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
 from wanda_lightning.core.patterns import Pattern
@@ -136,6 +139,8 @@ def prune_as(
         shows_bars = progress and plan.processes.rank == 0
         run = Run(plan, samples, store, shows_bars, not_corrected=not_corrected)
         _read_all_if_needed(run)
+    run = _rehearsed(run)
+    plan = run.plan
     run.clock["prepare"] = time.perf_counter() - started
 
     if plan.config.permutation.reads_batches:
@@ -234,6 +239,46 @@ def _read_all_if_needed(run: Run) -> None:
     recovers = config.recovery.reads_batches or config.recovery.trains_blocks
     if config.data_reader and (allocates_first or recovers):
         run.samples.read_all(run.progress)
+
+
+def _rehearsed(run: Run) -> Run:
+    """Raise the errors of a sample before any weight changes, and plan for one pass where a lockstep would differ."""
+    plan = run.plan
+    keeps_state = plan.config.sequential != "none" and may_keep_state(plan.model)
+    if not plan.observed or not run.samples.can_try or (plan.runs_dense and not keeps_state):
+        return run
+
+    batches = run.samples.in_memory()[:2]  # a process may have none
+    with pruning_mode(plan.model), plan.processes.fail_together():
+        try:
+            index = _rehearse(plan, [run.samples.first_of(batch) for batch in batches], keeps_state)
+        except Exception:  # perhaps these samples do not run alone
+            index = _rehearse(plan, batches, keeps_state)
+    index = plan.processes.all_reduce_min(index)
+    if index == len(plan.stops):
+        return run
+
+    why = (
+        f"when batches wait for each other, {plan.stops[index].name or 'the model'} gets other inputs than in a plain "
+        "forward pass, since the model keeps something of the batch that ran last"
+    )
+    if plan.config.recovery.trains_blocks:
+        raise UserError(
+            f"recovery={plan.config.recovery} runs blocks on the inputs of waiting batches, but {why}. Choose another "
+            "recovery, such as 'distill'."
+        )
+    one_pass = make_plan(replace(plan.config, sequential="none"), plan.model, plan.processes)
+    fallback = f"sequential='none' replaced {plan.config.sequential!r}: {why}"
+    return replace(run, plan=one_pass, fallback=fallback)
+
+
+def _rehearse(plan: Plan, samples: Sequence[Sample], keeps_state: bool) -> int:
+    """Run the samples, or the first; return the index of a stop that gets other inputs in lockstep, if there is one."""
+    if keeps_state:
+        return differing_stop(plan.stops, samples)
+    for sample in samples[:1]:
+        run_to_head(plan.model, sample)
+    return len(plan.stops)
 
 
 def _allocate(run: Run, removal: Removal) -> Run:

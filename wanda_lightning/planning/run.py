@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
-from wanda_lightning.calibration.lockstep import Passed, Visit, Visits, lockstep, rehearse_batch
+from wanda_lightning.calibration.lockstep import Passed, Visit, Visits, lockstep
 from wanda_lightning.calibration.observer import Observation, StopObserver
 from wanda_lightning.calibration.pruning_mode import RestoredBuffers
 from wanda_lightning.calibration.samples import Samples
@@ -76,6 +76,7 @@ class Run:
     # How the weights of each layer are selected; empty until the sparsities are allocated.
     selections: Mapping[str, Selection] = field(default_factory=dict)
     permuted: Permuted | None = None
+    fallback: str = ""  # why the batches do not run in lockstep as asked; empty if they do
     not_corrected: str = ""  # why BatchNorm layers were not corrected; empty if they were
     batch_norm: BatchNormCorrection | None = None
     training: Training | None = None  # of the whole model
@@ -148,10 +149,6 @@ class WeightStore:
             return
 
         samples = run.samples.in_memory()
-        if not plan.runs_dense:
-            with plan.processes.fail_together():
-                for sample in samples[:1]:  # a process may have none
-                    rehearse_batch(plan.model, sample, run.samples.first_of(sample))
         with closing(lockstep(plan.stops, samples, plan.processes, model=plan.model)) as visits:
             run.done.passed = visits.passed
             for visit in visits:
