@@ -34,8 +34,8 @@ from wanda_lightning.cli.measure import BatchClock
 
 # To measure on. Calibration reads other topics of python-docs than those that are measured here.
 TEXTS = ("sklearn-docs", "python-docs")
-# The names under which the module logs the perplexity: that of the first text has no suffix.
-METRICS = ("val_perplexity", "val_perplexity/python-docs")
+# The names under which the module logs the perplexities of the first text and of another one.
+METRICS = ("val_perplexity", "val_ppl/python-docs")
 PAGE = "out/demo.html"
 
 

@@ -1,5 +1,6 @@
 """The language model module against slow loops and plain Hugging Face."""
 
+import re
 from itertools import chain
 from statistics import fmean
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 from support.callbacks import WITHOUT_ADVICE, same, trainer
+from support.data import byte_tokenizer
 from support.modules import (
     MASKS,
     slow_losses,
@@ -19,6 +21,7 @@ from support.refusals import refuses
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from wanda_lightning import TextDataModule
 from wanda_lightning.modules import CausalLMModule
 
 pytestmark = WITHOUT_ADVICE
@@ -75,10 +78,19 @@ def test_several_dataloaders_have_a_perplexity_each(loop, name):
     run = trainer()
     first, second = getattr(run, loop)(module, loaders_of_two_texts(), verbose=False)
     assert first == {f"{name}perplexity": alone[0]}
-    assert second == {f"{name}perplexity/1": alone[1]}
+    assert second == {f"{name}ppl/1": alone[1]}
     assert run.callback_metrics == {**first, **second}
     losses = trainer().predict(module, loaders_of_two_texts())
     assert [torch.cat(part).mean().exp().item() for part in losses] == pytest.approx(alone)
+
+
+def test_the_printed_table_shows_each_text_once_with_its_whole_name(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    texts = ("sklearn-docs", "python-docs")
+    data = TextDataModule(byte_tokenizer(), evaluation=texts, seqlen=20, limit=2)
+    trainer().validate(CausalLMModule(tiny_llama(vocab_size=300)), data)
+    names = re.findall(r"val_\S+", capsys.readouterr().out)
+    assert names == ["val_perplexity", "val_ppl/python-docs"]
 
 
 def test_an_interrupted_loop_does_not_change_the_next_one():

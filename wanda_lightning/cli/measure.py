@@ -132,6 +132,6 @@ def logged_results(data: AnyData) -> dict[str, str]:
     descriptions = {}
     for number, text in enumerate(data.evaluations):
         if number:
-            name = f"{PERPLEXITY.logged[0]}/{text}"
+            name = f"val_ppl/{text}"
         descriptions[name] = data.describe_evaluation(number)
     return descriptions

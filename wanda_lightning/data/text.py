@@ -80,7 +80,7 @@ class TextDataModule(L.LightningDataModule):
             model writes (see `sample_windows`) when the windows are first used.
         evaluation: Text for perplexity, with the same choices except self; of a hub data set, the split `validation` or
             else `test`. It may be a list of several, so a list of documents is in a list: `[documents]`. Each has a
-            dataloader of its own, and `val_perplexity` is the perplexity of the first.
+            dataloader of its own; `val_perplexity` is the perplexity of the first, `val_ppl/TEXT` that of another.
         seqlen: Number of tokens in a window, including the special tokens of the tokenizer.
         num_samples: Number of calibration windows.
         batch_size: Number of windows in a batch.

@@ -42,8 +42,9 @@ class CausalLMModule(L.LightningModule):
 
     A batch is a mapping with `input_ids` and optionally `attention_mask` and `labels`, the ids alone, or a tuple that
     starts with them. All have the shape (batch, tokens). The module logs `train_loss`, `val_perplexity` and
-    `test_perplexity`; `predict` returns the mean loss of each window. The model is in training mode, as Lightning
-    expects before `fit`; call `.eval()` to use it without a Trainer.
+    `test_perplexity`, with several dataloaders those of the first, and `val_ppl/TEXT` or `test_ppl/TEXT` for each other
+    one. `predict` returns the mean loss of each window. The model is in training mode, as Lightning expects before
+    `fit`; call `.eval()` to use it without a Trainer.
 
     With `ModelParallelStrategy`, `configure_model` shards its blocks.
 
@@ -177,43 +178,42 @@ class CausalLMModule(L.LightningModule):
         return loss
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add the windows to `val_perplexity` or, for several dataloaders, to `val_perplexity/TEXT` of this one."""
-        self._measure("val_perplexity", self.val_perplexity, batch, batch_idx, dataloader_idx)
+        """Add the windows to `val_perplexity` or, for a dataloader after the first, to its `val_ppl/TEXT`."""
+        self._measure("val", self.val_perplexity, batch, batch_idx, dataloader_idx)
 
     def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Add the windows to `test_perplexity`, or to that of a later dataloader; see `validation_step`."""
-        self._measure("test_perplexity", self.test_perplexity, batch, batch_idx, dataloader_idx)
+        """Add the windows to `test_perplexity` or, for a dataloader after the first, to its `test_ppl/TEXT`."""
+        self._measure("test", self.test_perplexity, batch, batch_idx, dataloader_idx)
 
     def _measure(
-        self, name: str, metric: WindowPerplexity, batch: Any, batch_idx: int, dataloader_idx: int
+        self, loop: str, metric: WindowPerplexity, batch: Any, batch_idx: int, dataloader_idx: int
     ) -> None:
         windows = self._read(batch)
         if batch_idx == dataloader_idx == 0:
             self._logged.clear()
+        name = f"{loop}_perplexity"
+        logged = name
         if dataloader_idx > 0:
             if batch_idx == 0:
                 self._others[dataloader_idx] = WindowPerplexity().to(self.device)
             metric = self._others[dataloader_idx]
+            texts = getattr(getattr(self.trainer, "datamodule", None), "evaluations", ())
+            text = texts[dataloader_idx] if dataloader_idx < len(texts) else dataloader_idx
+            # Lightning's table cuts names of more than 23 characters in a terminal of 80 columns.
+            logged = f"{loop}_ppl/{text}"
         elif batch_idx == 0:  # an earlier loop may have been interrupted
             metric.reset()
         metric.update(self(**windows, use_cache=False).logits, **windows)
 
-        # The first text has the plain name, too, which callbacks can monitor for any number of texts.
-        texts = getattr(getattr(self.trainer, "datamodule", None), "evaluations", ())
-        names = [name] if dataloader_idx == 0 else []
-        if dataloader_idx > 0 or len(texts) > 1:
-            text = texts[dataloader_idx] if dataloader_idx < len(texts) else dataloader_idx
-            names.append(f"{name}/{text}")
-        for logged in names:
-            self._logged[logged] = metric
-            self.log(
-                logged,
-                metric,
-                prog_bar=logged == name,
-                metric_attribute=name,
-                batch_size=len(windows["input_ids"]),
-                add_dataloader_idx=False,
-            )
+        self._logged[logged] = metric
+        self.log(
+            logged,
+            metric,
+            prog_bar=dataloader_idx == 0,
+            metric_attribute=name,
+            batch_size=len(windows["input_ids"]),
+            add_dataloader_idx=False,
+        )
 
     def standard_errors(self) -> dict[str, float]:
         """Return the standard errors of the perplexities of the latest loop, by their logged names, while it ends."""
