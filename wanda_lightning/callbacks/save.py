@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from wanda_lightning.callbacks.prunable_module import pruning_target
-from wanda_lightning.callbacks.trainer import is_dry_run, processes_of
+from wanda_lightning.callbacks.trainer import is_dry_run, processes_of, require_lightning
 from wanda_lightning.callbacks.zeros import zeros_callbacks
 from wanda_lightning.common.aliases import StrPath
 from wanda_lightning.common.atomic_write import atomic_write, require_writable, resolve_path
@@ -48,6 +48,11 @@ class BestAfterPruning(ModelCheckpoint):
     def __init__(self, monitor: str, mode: str = "min", **options: Any) -> None:
         super().__init__(monitor=monitor, mode=mode, **options)
         self._compares = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a Trainer of `pytorch_lightning`, which would write a best checkpoint of its own, too."""
+        require_lightning(trainer)
+        super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare from the start if the model is already pruned."""

@@ -11,12 +11,24 @@ from lightning.pytorch.strategies import (
 )
 from torch.nn import Module
 
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes
 from wanda_lightning.report import PruningReport
 
 
+def require_lightning(trainer: object) -> None:
+    """Refuse a Trainer of `pytorch_lightning`, whose classes have the same names, but are others."""
+    if not isinstance(trainer, Trainer):
+        raise UserError(
+            "The callbacks of wanda_lightning need a Trainer of lightning, but this one is of pytorch_lightning. Write "
+            "`import lightning.pytorch as pl` instead of `import pytorch_lightning as pl`, also where modules and "
+            "data modules are defined."
+        )
+
+
 def processes_of(trainer: Trainer) -> Processes:
     """Return the processes of a Trainer, in `setup` or later; refuse a strategy whose zeros cannot be kept."""
+    require_lightning(trainer)
     strategy = trainer.strategy
     name = type(strategy).__name__
 
