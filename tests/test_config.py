@@ -174,7 +174,8 @@ def test_typed_choices_are_the_arguments():
         lambda **choices: wl.prune_from_disk("model", "out", [], **choices),
     ],
 )
-def test_an_unknown_choice_is_named(start):
-    message = r"^patern is no choice of pruning\. Did you mean pattern\?$"
-    with refuses(message):
-        start(patern="2:4")
+@pytest.mark.parametrize("near", ["pattern", "sparsity"])
+def test_an_unknown_choice_is_named(start, near):
+    wrong = {"pattern": "patern", "sparsity": "sparcity"}[near]
+    with refuses(rf"^{wrong} is no choice of pruning\. Did you mean {near}\?$"):
+        start(**{wrong: 0.5})

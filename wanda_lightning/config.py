@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -302,12 +303,12 @@ def _base(option: str) -> type:
     return next(getattr(room, option.title()) for room in rooms if hasattr(room, option.title()))
 
 
-def check_choices(choices: Mapping[str, Any]) -> None:
-    """Raise a ValueError for an argument that is no choice of pruning."""
-    for name in choices.keys() - PruningChoices.__annotations__.keys():
-        raise UserError(
-            f"{name} is no choice of pruning.{did_you_mean(name, PruningChoices.__annotations__)}"
-        )
+def check_choices(choices: Mapping[str, Any], function: Callable[..., Any]) -> None:
+    """Raise a ValueError for one of the `**choices` of a function that is no choice of pruning."""
+    known = PruningChoices.__annotations__
+    for name in choices.keys() - known.keys():
+        near = did_you_mean(name, [*known, *inspect.signature(function).parameters])
+        raise UserError(f"{name} is no choice of pruning.{near}")
 
 
 def _check_sparsity(sparsity: float) -> None:

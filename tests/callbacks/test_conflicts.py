@@ -5,6 +5,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_utilities.core import rank_zero
 from support.callbacks import (
     Manual,
     Net,
@@ -23,7 +24,17 @@ from support.callbacks import (
 )
 from support.refusals import refuses
 
-from wanda_lightning import CubicSchedule, LinearSchedule, OneShot, PruningCallback, WandaPrune
+from wanda_lightning import (
+    BestAfterPruning,
+    CubicSchedule,
+    DistillFromDense,
+    KeepZeros,
+    LinearSchedule,
+    OneShot,
+    PruningCallback,
+    SavePretrained,
+    WandaPrune,
+)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +49,10 @@ from wanda_lightning import CubicSchedule, LinearSchedule, OneShot, PruningCallb
         (
             {"report_page": "report.pdf"},
             r"report_page must end with \.html or \.png, but it is 'report\.pdf'",
+        ),
+        (
+            {"method": "best"},
+            r"method must be 'wanda' for WandaPrune, .* Use PruningCallback\(0\.5, method='best'\)\.$",
         ),
         (
             {"calibrate_on": "test"},
@@ -205,6 +220,34 @@ def test_testing_a_checkpoint_from_before_pruning_is_warned_of(tmp_path):
     assert share_of_zeros(module) == all_at(0.5)
 
 
+@pytest.mark.parametrize(
+    "callback",
+    [
+        WandaPrune(0.5),
+        KeepZeros(),
+        DistillFromDense(),
+        SavePretrained("out"),
+        BestAfterPruning("loss"),
+    ],
+    ids=lambda callback: type(callback).__name__,
+)
+def test_a_trainer_of_the_other_package_is_refused_before_anything_runs(callback, monkeypatch):
+    # The import sends the messages of lightning to the other logger.
+    monkeypatch.setattr(rank_zero, "log", rank_zero.log)
+    import pytorch_lightning as pl
+
+    class Theirs(pl.LightningModule):
+        def training_step(self):
+            pass
+
+        def configure_optimizers(self):
+            pass
+
+    run = pl.Trainer(callbacks=[callback], accelerator="cpu", logger=False, max_epochs=1)
+    with refuses("Write `import lightning.pytorch as pl`"):
+        run.fit(Theirs(), loader())
+
+
 def test_experts_are_dropped_before_an_evaluation_but_not_in_training():
     """They leave the model, so its optimizer must not hold it yet."""
     module = OfZoo("mixtral")
@@ -217,6 +260,7 @@ def test_experts_are_dropped_before_an_evaluation_but_not_in_training():
     ):
         fit_module(module, callback, data=data, max_epochs=1)
     assert same(module, OfZoo("mixtral"))
+    validate_module(OfZoo("mixtral"), callback, data=data)  # another model
     for _ in range(2):  # not a second time
         validate_module(module, callback, data=data)
         gates = [layer.mlp.gate.weight for layer in module.pruning_target.model.layers]

@@ -270,6 +270,18 @@ class Breaking(Net):
         return super().training_step(batch, batch_idx)
 
 
+def test_a_run_after_an_interrupted_one_prunes_at_its_own_step():
+    callback = wanda(at_step=4, calibrate_on="validation")
+    with pytest.raises(RuntimeError, match="out of paper"):
+        trainer(callback, max_steps=6).fit(Breaking(), loader(), loader())
+
+    module = Net()
+    pruned = []  # after each epoch of three steps
+    module.on_train_epoch_end = lambda: pruned.append(share_of_zeros(module) == all_at(0.5))
+    trainer(callback, max_steps=6).fit(module, loader(), loader())
+    assert pruned == [False, True]
+
+
 @pytest.mark.parametrize(
     "make", [KeepZeros, lambda: PruningCallback(pattern="unstructured", method="magnitude")]
 )

@@ -22,6 +22,7 @@ from wanda_lightning.callbacks.zeros import ZerosCallback
 from wanda_lightning.common import checks
 from wanda_lightning.common.aliases import Kwargs, StrPath
 from wanda_lightning.common.atomic_write import require_writable
+from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
 from wanda_lightning.engine.prune import prune_as, prune_collected, rehearse
 from wanda_lightning.parallel import SINGLE_PROCESS
@@ -94,8 +95,15 @@ class PruningCallback(ZerosCallback):
         **choices: Unpack[PruningChoices],
     ) -> None:
         super().__init__()
-        choices.setdefault("method", self._default_method)
-        check_choices(choices)
+        check_choices(choices, PruningCallback)
+        method = choices.get("method")
+        if method is None:
+            choices["method"] = self._default_method
+        elif self._default_method not in (None, method):
+            raise UserError(
+                f"method must be {self._default_method!r} for {type(self).__name__}, but it is {method!r}. Use "
+                f"PruningCallback({sparsity}, method={method!r})."
+            )
         self.config = PruningConfig.from_names(sparsity, **choices)
         if calibrate_on == "validation" and self.config.sequential in ("auto", "one_pass"):
             # The statistics of a validation loop are those of the dense model.
@@ -290,9 +298,12 @@ class PruningCallback(ZerosCallback):
     def _reset_for_dense_model(self, trainer: Trainer) -> None:
         """Reset the state if the model is not the one that was pruned, or dense weights were loaded into it."""
         # A checkpoint has the state of its own weights.
-        if self._state.zeros and not self._state_is_of_checkpoint:
-            zeros = zeros_of(pruning_target(trainer.lightning_module), self._processes)
-            if not self._state.describes(zeros):
+        if not self._state_is_of_checkpoint:
+            model = pruning_target(trainer.lightning_module)
+            # An earlier run may have been interrupted before it pruned.
+            if self._state.share == 0 or not self._state.describes(
+                zeros_of(model, self._processes)
+            ):
                 self._state = PruningState(self._fixed_choices)
         self._state_is_of_checkpoint = False
 

@@ -158,7 +158,14 @@ class PruningState:
         self.awaits_validation = False
 
     def describes(self, zeros: Mapping[str, int]) -> bool:
-        """Whether a model with these zeros can be the pruned one: each layer has half of the recorded zeros or more."""
+        """Whether a model with layers of these zeros can be the pruned one.
+
+        Each layer then has half of the recorded zeros or more; if whole experts have left, there are fewer layers.
+        """
+        if self.report and not self.zeros:
+            layers = self.report.layers
+            kept = sum(layer.sparsity < 1 for layer in layers)
+            return sum(layer.name in zeros for layer in layers) <= kept
         return all(2 * zeros.get(name, 0) >= count for name, count in self.zeros.items())
 
     def to_checkpoint(self) -> Kwargs:

@@ -91,7 +91,7 @@ def prune(
         ValueError: If the model cannot be pruned as asked, before any weight is written; or if an activation is NaN or
             infinite.
     """
-    check_choices(choices)
+    check_choices(choices, prune)
     config = PruningConfig.from_names(sparsity, **choices)
     return prune_as(make_plan(config, model), batches, forward=forward, progress=progress)
 
