@@ -6,7 +6,7 @@
 Calibration reads Python's own documentation. Perplexity is measured on text of another kind, the descriptions of
 scikit-learn's data sets, and beside it on other topics of Python's documentation, where pruning seems to cost less.
 Nothing is downloaded for them. Magnitude and Wanda are pruned in Python, `best` in the shell, which also writes a page
-about it. Result: a table with perplexities, size, speed and seconds, and out/demo.html.
+about it. Result: a table with perplexities, size and seconds, and out/demo.html.
 """
 
 import argparse
@@ -30,7 +30,6 @@ from wanda_lightning import (
     TextDataModule,
     WandaPrune,
 )
-from wanda_lightning.cli.measure import BatchClock
 
 # To measure on. Calibration reads other topics of python-docs than those that are measured here.
 TEXTS = ("sklearn-docs", "python-docs")
@@ -39,12 +38,10 @@ METRICS = ("val_perplexity", "val_ppl/python-docs")
 PAGE = "out/demo.html"
 
 
-def row_of(
-    report: PruningReport | None, perplexities: list[float], mebibytes: float, speed: float
-) -> list[str]:
+def row_of(report: PruningReport | None, perplexities: list[float], mebibytes: float) -> list[str]:
     """Return the cells of a method; the dense model has no report."""
     numbers = [f"{perplexity:.2f}" for perplexity in perplexities]
-    numbers += [f"{mebibytes:,.1f}", f"{speed:,.0f}"]
+    numbers.append(f"{mebibytes:,.1f}")
     if report is None:
         return ["", *numbers, ""]
     return [f"{report.sparsity:.2%}", *numbers, f"{report.total_seconds:.1f}"]
@@ -54,21 +51,20 @@ def measure(
     module: CausalLMModule, data: TextDataModule, callback: PruningCallback | None
 ) -> list[str]:
     """Prune with the callback, if there is one, and measure the model; return the cells of the table."""
-    clock = BatchClock()
     # The callback prunes before the validation begins, so the metrics are those of the pruned model.
     trainer = L.Trainer(
         devices=1,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        callbacks=[callback, clock] if callback else [clock],
+        callbacks=[callback] if callback else [],
     )
     trainer.validate(module, data, verbose=False)
 
     perplexities = [float(trainer.callback_metrics[metric]) for metric in METRICS]
     size = sum(parameter.nbytes for parameter in module.model.parameters()) / 2**20
     report = callback.report if callback else None
-    return row_of(report, perplexities, size, clock.speed)
+    return row_of(report, perplexities, size)
 
 
 def prune_in_shell(options: argparse.Namespace) -> list[str]:
@@ -93,8 +89,8 @@ def prune_in_shell(options: argparse.Namespace) -> list[str]:
 
     report = PruningReport.load("out/demo")
     perplexities = [result.after for result in report.run.results]
-    size, speed = report.run.costs
-    return row_of(report, perplexities, size.after, speed.after)
+    (size,) = report.run.costs
+    return row_of(report, perplexities, size.after)
 
 
 def main() -> None:
@@ -146,7 +142,7 @@ def main() -> None:
         title=f"{options.model}, perplexity on at most {options.limit} windows of {options.seqlen} tokens"
     )
     table.add_column("method")
-    numbers = ("zeros", *TEXTS, "MiB of weights", "tokens per second", "seconds to prune")
+    numbers = ("zeros", *TEXTS, "MiB of weights", "seconds to prune")
     for heading in numbers:
         table.add_column(heading, justify="right")
     for method, cells in rows.items():

@@ -183,18 +183,11 @@ def test_a_page_that_cannot_be_written_is_refused(text, refused, monkeypatch):
     )
 
 
-def test_the_size_of_the_files_and_the_speed_are_beside_the_results(text, monkeypatch, capsys):
-    clock = itertools.count(step=0.5)  # each batch takes half a second
-    monkeypatch.setattr("wanda_lightning.cli.measure.perf_counter", lambda: next(clock))
-    assert run(*text, "--batch_size", "2", *OUT) == 0
-    size, speed = report_in("out").run.costs
+def test_the_size_of_the_files_is_beside_the_results(text):
+    assert run(*text, *OUT) == 0
+    (size,) = report_in("out").run.costs
     saved = Path("out/model/model.safetensors").stat().st_size / 2**20
     assert size == Measured("MiB of weights", pytest.approx(saved, rel=0.1), saved)
-    expected = 2 * SEQLEN / 0.5
-    assert speed == Measured("tokens per second", expected, expected)
-    assert (
-        f"Tokens per second: {expected:,.1f} (dense: {expected:,.1f})." in capsys.readouterr().out
-    )
 
 
 @pytest.mark.parametrize(

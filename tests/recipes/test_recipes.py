@@ -229,7 +229,7 @@ def test_a_smaller_encoder_is_measured_and_saved(
     monkeypatch.chdir(tmp_path)
     Path("out").mkdir()
     Path("sentences.txt").write_text("\n\n".join(SENTENCES))
-    options = f"--model {tiny_folder} --calibration sentences.txt --num_samples 40 --rounds 1"
+    options = f"--model {tiny_folder} --calibration sentences.txt --num_samples 40 --rounds 2"
     if with_pairs:
         options += f" --pairs {save_pairs(Path('pairs.csv'))}"
     monkeypatch.setattr(sys, "argv", ["demo", *options.split()])

@@ -45,7 +45,7 @@ def page(report, tmp_path_factory):
         "Same top prediction 71.23% ± 0.42, compared with the dense model",
         "KL divergence 0.2567 ± 0.0031, compared with the dense model",
         "Continuations that end in a loop 50.0% dense 3.1%, of 32 continuations",
-        "MiB of weights 513.1 dense 513.1 Tokens per second 2,310.0 dense 2,290.4",
+        "MiB of weights 513.1 dense 513.1 Times as fast 1.23 ± 0.04 dense 1.00",
     ],
 )
 def test_the_page_begins_with_what_was_measured(page, sentence):
@@ -119,3 +119,13 @@ def test_the_page_names_the_limits_at_which_an_allocation_stops(tmp_path, undraw
         "Fisher gives no layer more than 65.00% or less than 35.00%: "
         "2 layers reached the upper limit, and 3 layers the lower."
     ) in page.text
+
+
+def test_the_page_of_a_smaller_model_does_not_say_that_its_units_are_zero(tmp_path, undrawn):
+    report = llama_report(2)
+    note = "768 of 1,536 hidden units are zero"
+    layers = tuple(replace(layer, note=note) for layer in report.layers)
+    report = replace(report, layers=layers, notes=(f"{note}; shrink() takes them out",))
+    page = page_of(report.marked_as_shrunk(), tmp_path)
+    assert not re.search("are zero|takes them out|[Zz]eros (in|by)", page.text)
+    assert "Taken out of pruned layers" in page.text

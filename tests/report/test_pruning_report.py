@@ -59,6 +59,15 @@ def test_an_older_report_says_in_a_note_that_hidden_units_are_left_out(shrunk):
     assert PruningReport.from_json(json.dumps(content)) == report
 
 
+def test_a_report_is_printed_as_a_summary_and_its_rows_as_a_table():
+    report = llama_report(30)
+    lines = str(report).splitlines()
+    assert len(lines) == 7  # with two texts and a note
+    assert repr(report) == str(report)
+    assert all(layer.name in report.table() for layer in report.layers)
+    assert not any(layer.name in str(report) for layer in report.layers)
+
+
 def small(**fields):
     layer = PrunedLayer("a", (2, 4), 0.5, 0.5, 8, part=TrainedPart("mlp", 0.5, 0.25))
     skipped = SkippedMatrix("b", (3,), SkipReason.ADAPTER, "an adapter")

@@ -1,12 +1,10 @@
-"""Measure a model with one validation loop: its metrics, and its speed."""
+"""Measure a model with one validation loop."""
 
 import logging
 from math import isfinite
-from time import perf_counter
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import LambdaCallback
 
 from wanda_lightning.cli.model_and_data import AnyData
@@ -17,36 +15,6 @@ from wanda_lightning.evaluation.results import share_error
 from wanda_lightning.modules import CausalLMModule
 from wanda_lightning.modules.agreement import AfterBatch, Agreement
 from wanda_lightning.report.descriptions import PERPLEXITY, SPEARMAN, TOP1, Metric
-
-
-class BatchClock(L.Callback):
-    """Time the batches of a validation loop.
-
-    `speed` is the number of tokens or images per second of the fastest batch, which other work of the machine has
-    disturbed least. It is 0 until a second batch has run, since the first one warms up.
-    """
-
-    speed = 0.0
-    _started = 0.0
-
-    def on_validation_batch_start(self, *arguments: Any) -> None:
-        """Start the clock."""
-        self._started = _now()
-
-    def on_validation_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, index: int, *_: int
-    ) -> None:
-        """Stop the clock."""
-        size = batch["input_ids"].numel() if isinstance(batch, dict) else len(batch[0])
-        if index > 0:
-            self.speed = max(self.speed, size / (_now() - self._started))
-
-
-def _now() -> float:
-    # The CPU only queues what an accelerator computes.
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return perf_counter()
 
 
 class _Comparison(L.Callback):
@@ -77,12 +45,11 @@ class _Comparison(L.Callback):
 def measure(module: Any, data: AnyData, agreement: Agreement, is_dense: bool) -> dict[str, float]:
     """Run one validation loop, and return its metrics.
 
-    There are also the standard errors of perplexities and accuracies (`_stderr`), and the `speed` if there are two
-    batches or more. `agreement` stores the predictions of the dense model, or compares others with them.
+    There are also the standard errors of perplexities and accuracies (`_stderr`). `agreement` stores the predictions of
+    the dense model, or compares others with them.
     """
     # Lightning would describe the hardware.
     logging.getLogger("lightning.pytorch").setLevel("WARNING")
-    clock = BatchClock()
     watching = agreement.storing if is_dense else agreement.comparing
     with (
         ProgressBar("Measuring", None) as bar,
@@ -95,7 +62,7 @@ def measure(module: Any, data: AnyData, agreement: Agreement, is_dense: bool) ->
         )
         trainer = L.Trainer(
             devices=1,
-            callbacks=[clock, comparison, progress],
+            callbacks=[comparison, progress],
             logger=False,
             enable_checkpointing=False,
             enable_model_summary=False,
@@ -112,8 +79,6 @@ def measure(module: Any, data: AnyData, agreement: Agreement, is_dense: bool) ->
         for name in [*metrics]:
             if "accuracy" in name:
                 metrics |= share_error(name, metrics[name], len(images))
-    if clock.speed:
-        metrics["speed"] = clock.speed
     return metrics
 
 

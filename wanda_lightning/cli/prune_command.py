@@ -101,7 +101,7 @@ def prune(config: PruningConfig, options: PruneOptions) -> None:
     pruning = _prune_from_disk if results.stream else partial(_prune_in_memory, tasks=tasks)
     with pruning(config, options) as done:
         report, sentence = _save(done, results)
-        run = _circumstances(done, config, options, report.shrunk)
+        run = _circumstances(done, config, options)
         described = {**report.config, "command": _given_values(options)}
         report, files = write_results(replace(report, run=run, config=described), options)
         if tasks:
@@ -327,9 +327,7 @@ def _given_values(options: PruneOptions) -> Kwargs:
     return {name: value for name, value in values.items() if value not in (None, ())}
 
 
-def _circumstances(
-    done: _Pruned, config: PruningConfig, options: PruneOptions, is_smaller: bool
-) -> Circumstances:
+def _circumstances(done: _Pruned, config: PruningConfig, options: PruneOptions) -> Circumstances:
     """Describe the run and its results."""
     model = options.model.model
     if options.data.checkpoint:
@@ -343,7 +341,7 @@ def _circumstances(
         command=as_command("prune", *options, always=always),
         model=model,
         calibration=calibration,
-        costs=_costs(done, options.results.save_model, is_smaller),
+        costs=_costs(done, options.results.save_model),
         samples=tuple(map(Continuations, PROMPTS, done.dense.texts, done.pruned.texts)),
         loops=_loops(done),
         date=datetime.now(UTC).date().isoformat(),
@@ -386,23 +384,16 @@ def _loops(done: _Pruned) -> Measured | None:
     )
 
 
-def _costs(done: _Pruned, folder: str | None, is_smaller: bool) -> tuple[Measured, ...]:
-    """Return the size and the speed of both models; the size after pruning is that of the saved files, if any."""
+def _costs(done: _Pruned, folder: str | None) -> tuple[Measured, ...]:
+    """Return the size of both models; that after pruning is of the saved files, if any."""
     if done.module is None:  # it was never in memory
         return ()
-    before = done.dense.metrics
     dense = sum(parameter.nbytes for parameter in done.module.model.parameters()) / _MIB
     pruned = dense
     if folder is not None:
         files = Path(folder).expanduser().glob("*.safetensors")
         pruned = sum(file.stat().st_size for file in files) / _MIB
-    costs = [Measured("MiB of weights", dense, pruned)]
-
-    # The model that was measured has its zeros, so the speed of a smaller one is not known.
-    if "speed" in before and not is_smaller:
-        unit = "images" if isinstance(done.data, ImageDataModule) else "tokens"
-        costs.append(Measured(f"{unit} per second", before["speed"], done.pruned.metrics["speed"]))
-    return tuple(costs)
+    return (Measured("MiB of weights", dense, pruned),)
 
 
 def _summary(

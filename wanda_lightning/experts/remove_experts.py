@@ -35,7 +35,7 @@ from wanda_lightning.units.fit_configuration import fit_configuration
 
 
 class RemoveExperts(Removal):
-    """Whole experts leave each mixture, in place. The report counts their weights as zeros.
+    """Whole experts leave each mixture, in place. The report counts their weights in the sparsity.
 
     With `sequential="none"`, all experts are scored in the dense model; with `"block"`, those of each block after the
     mixtures of earlier blocks became smaller. Before a mixture changes, it is run without the experts that were chosen:
@@ -126,14 +126,14 @@ class RemoveExperts(Removal):
         _declare(run.plan.config, run.plan.model, self._mixtures)
 
     def complete(self, plan: Plan, report: PruningReport) -> PruningReport:
-        """Count the parameters that are gone as zeros, and say so."""
+        """Count the parameters that are gone in the sparsity, and say so."""
         criterion = "REAP" if pattern_of(plan.config).average else "summed REAP"
         zeros = self._dense_parameters - number_of_parameters(plan.model)
         before = self._mixtures[0].number
         gone = before - len(self._mixtures[0].slots[-1].tensor)
         note = (
             f"{gone} of {before} experts were taken out of each of {quantity(len(self._mixtures), 'layer')}: "
-            f"{zeros:,} parameters, reported as zeros"
+            f"{zeros:,} parameters, which count as sparsity"
         )
         return replace(
             report,

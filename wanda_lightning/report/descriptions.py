@@ -191,7 +191,7 @@ def change_of(metric: Metric, result: Measured) -> str:
 
 
 def cost_of(result: Measured) -> str:
-    """Return a sentence on the size or the speed of both models."""
+    """Return a sentence on what both models cost, such as their size."""
     return f"{result.data[0].upper()}{result.data[1:]}: {result.after:,.1f} (dense: {result.before:,.1f})."
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
@@ -26,17 +27,18 @@ from wanda_lightning.report.records import Circumstances, ReportData, as_json, f
 
 REPORT_NAME = "pruning_report.json"
 _VERSION = 1  # of the JSON; a report without a version is older
+_SHOWN_REASONS = 3  # in the summary
 _IS_SMALLER = (
     "the hidden units that became zero are not in the saved model, "
     "so its matrices are smaller than in this report"
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PruningReport(ReportData):
     """Every matrix of the model, pruned or skipped, with totals, times, configuration and versions.
 
-    `str()` gives a table with one row for all experts of a module; `save()` writes JSON, a page or a picture.
+    `print(report)` gives a summary, `table()` has a row for each layer, and `save()` writes JSON, a page or a picture.
     """
 
     def summary(self) -> str:
@@ -58,7 +60,14 @@ class PruningReport(ReportData):
 
     def marked_as_shrunk(self) -> PruningReport:
         """Return the report of a model that was saved without the hidden units that became zero."""
-        return replace(self, shrunk=True, notes=(*self.notes, _IS_SMALLER))
+
+        def taken_out(note: str) -> str:
+            note = note.replace("hidden units are zero", "hidden units were taken out")
+            return note.replace("; shrink() takes them out", "")
+
+        layers = tuple(replace(layer, note=taken_out(layer.note)) for layer in self.layers)
+        notes = (*map(taken_out, self.notes), _IS_SMALLER)
+        return replace(self, layers=layers, shrunk=True, notes=notes)
 
     def to_json(self) -> str:
         """The whole report as JSON."""
@@ -170,7 +179,27 @@ class PruningReport(ReportData):
         return content.getvalue()
 
     def __str__(self) -> str:
-        """The report as a table."""
+        """What was pruned and how, what changed in quality if it was measured, and the notes."""
+        run = self.run or Circumstances()
+        calibration = f", calibrated on {run.calibration}" if run.calibration else ""
+        method = descriptions.method_in_words(self.config)
+        lines = [f"Pruned with {method}{calibration}.", self.summary()]
+        if self.skipped:
+            reasons = Counter(matrix.detail for matrix in self.skipped).most_common(_SHOWN_REASONS)
+            shown = "; ".join(f"{reason}: {number}" for reason, number in reasons)
+            matrices = wording.quantity(len(self.skipped), "matrix", "matrices")
+            lines.append(f"Left as they are: {matrices} ({shown}).")
+        lines += [descriptions.change_of(METRICS[run.metric], result) for result in run.results]
+        lines += [f"Note: {note}" for note in self.notes]
+        lines.append(
+            "report.table() has a row for each layer, and so has report.save('report.html')."
+        )
+        return "\n".join(lines)
+
+    __repr__ = __str__  # for notebooks: that of a dataclass fills many pages
+
+    def table(self) -> str:
+        """The tables of pruned layers, one row for all experts of a module, and of what was left as it is, as text."""
         pruned = _table("Pruned layers", "layer", "shape", "target", "sparsity", "tokens", "note")
         for name, layers in self.rows().items():
             pruned.add_row(
@@ -188,9 +217,6 @@ class PruningReport(ReportData):
             console.print(pruned)
             if self.skipped:
                 console.print(skipped_table(self.skipped))
-            for note in self.notes:
-                console.print(f"Note: {note}", markup=False)
-            console.print(self.summary(), markup=False)
         return capture.get()
 
 

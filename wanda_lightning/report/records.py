@@ -255,7 +255,7 @@ class Circumstances:
     agreement: Mapping[str, float] = field(default_factory=dict)
     data: str = ""  # on which both were measured
     others: tuple[Measured, ...] = ()  # results on other data
-    costs: tuple[Measured, ...] = ()  # size and speed of both models; `data` is the unit
+    costs: tuple[Measured, ...] = ()  # such as the size of both models; `data` is the unit
     calibration: str = ""  # the calibration data; also empty if the method reads none
     # Metrics of the pruned and of the dense model, by zero-shot task.
     zero_shot: Mapping[str, Mapping[str, float]] = field(default_factory=dict)

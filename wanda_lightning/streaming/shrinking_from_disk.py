@@ -13,7 +13,9 @@ from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.trees import clone_arguments
 from wanda_lightning.common.aliases import StrPath
 from wanda_lightning.common.atomic_write import atomic_folder
+from wanda_lightning.common.evaluation_mode import one_thread
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
+from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint
 from wanda_lightning.streaming.not_loaded import leave_out
 from wanda_lightning.streaming.output_folder import Shards
@@ -77,6 +79,7 @@ def _shrink_parts(checkpoint: Checkpoint, shards: Shards) -> Shrunk:
     model = checkpoint.model
     size = model.num_parameters()
     result = Shrunk(parameters=(size, size))
+    bar = ProgressBar("Shrinking", len(checkpoint.blocks))
 
     def save(part: str) -> None:
         shards.save(part, checkpoint.as_stored(part))
@@ -90,6 +93,7 @@ def _shrink_parts(checkpoint: Checkpoint, shards: Shards) -> Shrunk:
             args, kwargs = clone_arguments(batch)
             return type(block).forward(block, *args, **kwargs)  # without the hooks of the block
 
+        bar.show(name)
         checkpoint.load(name)
         found = shrink(block, (args, kwargs), forward)
         result.layers |= {f"{name}.{reader}": widths for reader, widths in found.layers.items()}
@@ -97,11 +101,12 @@ def _shrink_parts(checkpoint: Checkpoint, shards: Shards) -> Shrunk:
         before, after = result.parameters
         result.parameters = before, after - found.parameters[0] + found.parameters[1]
         save(name)
+        bar.advance()
 
     def leave(name: str, *_: object) -> None:
         checkpoint.unload(name)
 
-    with pruning_mode(model), ExitStack() as hooks:
+    with pruning_mode(model), one_thread(), bar, ExitStack() as hooks:
         for name in checkpoint.blocks:
             block = model.get_submodule(name)
             hooks.enter_context(

@@ -7,7 +7,7 @@ was: the block runs on a small batch before and after.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -21,6 +21,8 @@ from wanda_lightning.calibration.lockstep import lockstep, whole_model_calls
 from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.samples import Sample, forward_batch
 from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.evaluation_mode import one_thread
+from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.text_features import reads_texts, text_features
 from wanda_lightning.common.wording import quantity
 from wanda_lightning.models import (
@@ -140,27 +142,41 @@ def _take_out(
     search = _EmptyUnits(model, undo)
     if search.finds_any():
         sample = _sample(model, batch, forward)
-        with pruning_mode(model, search.changed):
-            whole = _take_out_of_blocks(search, model, sample)
-
-        def is_same() -> bool:
-            with pruning_mode(model, search.changed):
-                return whole.same_results()
-
-        if not is_same():
-            raise UserError(
-                "shrink must not change what the model computes, but without its zero units its outputs on the batch "
-                "differ. Nothing was removed. Give a batch of real data with batch=, or keep the zeros."
-            )
-        search.result.unproven = search.count_left()
-        if search.result.layers:
-            search.result.misfit, put_back = fit_configuration(model, is_same)
-            undo.callback(put_back)
+        # A batch of the caller may be large.
+        threads = one_thread() if batch is None else nullcontext()
+        with threads, ProgressBar("Shrinking", len(search.blocks)) as bar:
+            _take_out_of_model(search, model, sample, bar)
     search.result.parameters = before, number_of_parameters(model)
     return search.result
 
 
-def _take_out_of_blocks(search: _EmptyUnits, model: nn.Module, sample: Sample) -> BlockRuns:
+def _take_out_of_model(
+    search: _EmptyUnits, model: nn.Module, sample: Sample, bar: ProgressBar
+) -> None:
+    """Take all empty units out, and adapt the configuration; refuse a model that then computes something else."""
+    with pruning_mode(model, search.changed):
+        whole = _take_out_of_blocks(search, model, sample, bar)
+
+    def is_same() -> bool:
+        with pruning_mode(model, search.changed):
+            return whole.same_results()
+
+    bar.show("whole model")
+    if not is_same():
+        raise UserError(
+            "shrink must not change what the model computes, but without its zero units its outputs on the batch "
+            "differ. Nothing was removed. Give a batch of real data with batch=, or keep the zeros."
+        )
+    search.result.unproven = search.count_left()
+    if search.result.layers:
+        bar.show("configuration")
+        search.result.misfit, put_back = fit_configuration(model, is_same)
+        search.undo.callback(put_back)
+
+
+def _take_out_of_blocks(
+    search: _EmptyUnits, model: nn.Module, sample: Sample, bar: ProgressBar
+) -> BlockRuns:
     """Take the empty units out of each block, then out of the rest; return the runs of the whole model."""
     whole = BlockRuns(model, [*whole_model_calls([sample])], whole=True)
     recorded = [replace(sample, forward=call.forward) for call in whole.recording()]
@@ -175,7 +191,9 @@ def _take_out_of_blocks(search: _EmptyUnits, model: nn.Module, sample: Sample) -
 
     with closing(lockstep(search.blocks, [sample], model=model)) as visits:
         for block, calls in visits:
+            bar.show(block.name)
             search.take_out(block, BlockRuns(block.module or model, calls))
+            bar.advance()
     search.take_out(search.rest, whole)
     return whole
 
@@ -201,7 +219,7 @@ class _EmptyUnits:
         self._model = model
         self._stops = find_layers(model).stops
         self.blocks = [stop for stop in self._stops if stop.is_block]
-        self._undo = undo
+        self.undo = undo
         self._modules = named_modules(model)
         self._tied = tied_tensors(model)
         self._zeros: dict[tuple[object, ...], Tensor] = {}  # by slot
@@ -222,7 +240,7 @@ class _EmptyUnits:
             # `take` changes the block at once and returns its undo; on success the search keeps it.
             if not runs.same_after(lambda: undo.callback(units.take(~empty)), units, ~empty):
                 return False
-            self._undo.enter_context(undo.pop_all())
+            self.undo.enter_context(undo.pop_all())
         return True
 
     def _note_taken(self, reader: Layer, units: HiddenUnits, empty: Tensor) -> None:
@@ -251,6 +269,8 @@ class _EmptyUnits:
         """Return how many units stay although they are zero on both sides."""
         number = 0
         for layer, block in self._layers():
+            if layer.name in self.result.layers:
+                continue
             _, empty = next(self._candidates(layer, block), (None, torch.zeros(0)))
             number += int(empty.sum())
         return number
