@@ -251,3 +251,19 @@ def test_16_bits_and_the_configuration_which_other_models_keep(dtype):
     assert_close(model(ids).logits, expected, rtol=0.1, atol=0.1)
     assert model.config.intermediate_size == model.model.config.intermediate_size == 42
     assert other.config.intermediate_size == config.intermediate_size == 64
+
+
+def test_shrinking_shows_its_progress_and_computes_in_one_thread(capsys):
+    model = model_of("llama")
+    prune(model, batches_of("llama"), 0.5, pattern="structured")
+    threads = []
+    model.register_forward_hook(lambda *_: threads.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        wl.shrink(model)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert set(threads) == {1}
+    assert "Shrinking 2/2 done" in capsys.readouterr().err
