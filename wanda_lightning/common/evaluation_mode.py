@@ -45,7 +45,8 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 def one_thread() -> Iterator[None]:
     """Let PyTorch use one thread of the CPU, as is best for batches of a few tokens.
 
-    The threads of OpenMP spin while they wait for each other. Beside other programs, `shrink` took 9 times as long.
+    The threads of OpenMP spin while they wait for each other: beside other programs, `shrink` took 5 to 9 times as
+    long.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
