@@ -128,6 +128,9 @@ class DistillFromDense(Callback):
 
         @functools.wraps(original_step)  # Lightning reads its signature
         def training_step(*args: Any, **kwargs: Any) -> Any:
+            if not trainer.training:  # validation_step may call training_step for its loss
+                return original_step(*args, **kwargs)
+
             comparison = _Comparison(network, teacher, self.temperature)
             with patched(network, "forward", comparison.watched(network.forward)):
                 output = original_step(*args, **kwargs)
