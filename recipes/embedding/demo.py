@@ -145,7 +145,7 @@ def main() -> None:
     scores = [score(model) for model in all_models]
     sizes = [size_of(model) for model in all_models]
 
-    all_models[1].save(str(FOLDER), create_model_card=False)
+    EmbeddingModule(all_models[1]).eval().save_pretrained(FOLDER, overwrite=True)
     run = Circumstances(
         model=options.model,
         metric=SPEARMAN.name,

@@ -14,6 +14,7 @@ from support.embedding import PAIRS, SENTENCES, save_pairs, save_tiny, spearman_
 from support.layers import assert_same
 from support.quiet import prune
 from support.refusals import refuses
+from support.reports import read_json
 
 from wanda_lightning import (
     DistillFromDense,
@@ -149,6 +150,23 @@ def test_save_pretrained_leaves_units_out_of_the_folder_only(smaller):
     assert spearman_by_hand(EmbeddingModule(case.folder).model.eval()) == pytest.approx(
         spearman_by_hand(case.model)
     )
+
+
+class Normalize(torch.nn.Module):
+    """A module of a user, with the name of one in sentence-transformers."""
+
+    def save(self, path):
+        pass
+
+
+def test_a_folder_names_classes_that_versions_5_and_6_have(tiny, tmp_path):
+    tiny.append(Normalize())
+    EmbeddingModule(tiny).save_pretrained(tmp_path / "out")
+    assert [entry["type"] for entry in read_json(tmp_path / "out/modules.json")] == [
+        "sentence_transformers.models.Transformer",
+        "sentence_transformers.models.Pooling",
+        f"{Normalize.__module__}.Normalize",
+    ]
 
 
 def test_a_save_that_fails_leaves_nothing(tiny, tmp_path):

@@ -1,9 +1,11 @@
 """A sentence embedding model as a LightningModule."""
 
+import json
 import os
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -147,8 +149,8 @@ class EmbeddingModule(L.LightningModule):
         """Write a folder of sentence-transformers atomically. Call it in one process only.
 
         Args:
-            folder: Path to write; `SentenceTransformer(folder)` loads it, after `shrink` perhaps with
-                `trust_remote_code=True` only, which the result then says.
+            folder: Path to write; `SentenceTransformer(folder)` of versions 5.4 to 6 loads it, after
+                `shrink` perhaps with `trust_remote_code=True` only, which the result then says.
             overwrite: Replace a folder that is not empty, with everything in it.
             shrink: Leave out the hidden units that are zero on both sides; see `wanda_lightning.shrink`. The module in
                 memory keeps them.
@@ -168,4 +170,18 @@ class EmbeddingModule(L.LightningModule):
         ):
             refuse_unloadable(model[0].auto_model)
             model.save(str(new), create_model_card=False)
+            _write_old_class_names(model, new / "modules.json")
         return result
+
+
+def _write_old_class_names(model: Any, path: Path) -> None:
+    """Name classes as in version 5 of sentence-transformers, whose names version 6 loads, too."""
+    from sentence_transformers.util import import_from_string
+
+    entries = json.loads(path.read_text())
+    for entry, module in zip(entries, model, strict=True):
+        name = f"sentence_transformers.models.{type(module).__name__}"
+        with suppress(ImportError):  # version 5 has no such class
+            if import_from_string(name) is type(module):
+                entry["type"] = name
+    path.write_text(json.dumps(entries, indent=2))
