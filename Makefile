@@ -12,7 +12,7 @@ LIMIT ?= 32
 # A script of your own in the clone is not checked. Without git, this is empty, and ruff checks the whole folder.
 TRACKED := $(wildcard $(shell git ls-files '*.py' '*.ipynb' '*.md' 2>/dev/null))
 
-.PHONY: install test types units test-all test-oldest demo demo-embedding demo-vision benchmark results package notebooks docs linkcheck clean
+.PHONY: install test types units test-all test-oldest test-onnx demo demo-embedding demo-vision benchmark results package notebooks docs linkcheck clean
 
 install: .venv/test
 
@@ -45,6 +45,15 @@ test-oldest: .venv-oldest/bin/pytest
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet uv
 	.venv-oldest/bin/uv pip install --quiet --python .venv-oldest --resolution lowest-direct --editable '.[test]'
+
+# A smaller embedding model in ONNX Runtime, with libraries that do not fit beside ours: needs a package registry.
+test-onnx: .venv/embedding .venv-onnx/installed $(MINILM)
+	$(BIN)/python .ci/onnx_backend.py .venv-onnx/bin/python $(MINILM)
+
+.venv-onnx/installed:
+	$(PYTHON) -m venv .venv-onnx
+	.venv-onnx/bin/python -m pip install --quiet 'sentence-transformers[onnx]'
+	touch $@
 
 # A real Llama-architecture model, pruned to 50 % with magnitude, Wanda and `best`, on text that needs no network: a table,
 # and a page about `best`, out/demo.html.
@@ -92,4 +101,4 @@ linkcheck: .venv/docs
 	OMP_NUM_THREADS=1 $(BIN)/sphinx-build -b linkcheck docs docs/_build/linkcheck
 
 clean:
-	rm -rf .venv .venv-oldest docs/_build
+	rm -rf .venv .venv-oldest .venv-onnx docs/_build
