@@ -157,7 +157,14 @@ def test_a_tokenizer_that_cannot_be_found_is_refused_before_anything_is_read(tmp
             {"evaluation": ["one line\nand another"]},
             "^evaluation must be .* a list of documents, but it is 'one line",
         ),
-        ({"evaluation": "ptb"}, r"^evaluation must be .* but it is 'ptb'\.$"),
+        (
+            {"calibration": "Once upon a time.\n" * 1000},
+            r"^calibration must be .* but it is 'Once .* Put a text .* in Python in a list: \[text\]\.$",
+        ),
+        (
+            {"evaluation": ["~ " + "word " * 200_000]},
+            r"^evaluation must be .* but it is '~ word .* in a list: \[\[text\]\]\.$",
+        ),
         ({"evaluation": "a.csv"}, r"ends in \.txt, \.jsonl, \.parquet, or .* but it is .*a\.csv"),
         (
             {"calibration": "gone.jsonl"},

@@ -14,7 +14,7 @@ from support.data import (
 )
 from support.refusals import refuses
 
-from wanda_lightning import TextDataModule
+from wanda_lightning import SentenceDataModule, TextDataModule
 from wanda_lightning.data.text_sources import python_docs, sklearn_docs
 
 
@@ -96,6 +96,26 @@ def test_files_keep_their_characters(tmp_path, tokenizer):
     for name in ("a.jsonl", "a.parquet", "raw.jsonl", "bom.txt"):
         data = TextDataModule(tokenizer, evaluation=str(tmp_path / name), seqlen=70)
         assert torch.equal(data.evaluation_windows, expected)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        pytest.param("A sentence of seven words, each time. " * 40, id="longer than a path"),
+        pytest.param("word " * 200_000, id="a megabyte"),
+        pytest.param("\u65e5\u672c\u8a9e\u6587 " * 100, id="unicode"),
+        pytest.param("a null byte\0 in a text. " * 20, id="a null byte"),
+    ],
+)
+@pytest.mark.parametrize("others", [[], ["", "short"]])
+def test_a_list_holds_documents_of_any_size(tokenizer, document, others):
+    documents = [*others, document]
+    sizes = {"seqlen": 8, "num_samples": 2, "limit": 2}
+    data = TextDataModule(tokenizer, documents, [documents], **sizes)
+    expected = tokenizer("\n\n".join(documents)).input_ids[:16]
+    assert data.evaluation_windows.flatten().tolist() == expected
+    assert data.calibration_windows.shape == (2, 8)
+    assert SentenceDataModule(None, documents).calibration_sentences
 
 
 @pytest.mark.parametrize("documents", [['[{"' * 600], ['[{"'] * 600])

@@ -144,7 +144,7 @@ def refuse(models: Model, *groups: object) -> None:
 def _ignored(models: Model, values: Kwargs) -> Iterator[tuple[str, str]]:
     """Yield the cases that apply, in words, each with the options that would be ignored."""
     yield from _ignored_by_kind(models, values)
-    if all(Path(name).expanduser().exists() for name in models.all):
+    if all(models.source(name).path.exists() for name in models.all):
         yield "a local model", "revision"
 
     pattern = values.get("pattern", "unstructured")

@@ -1,5 +1,6 @@
 """Load data sets from the Hugging Face hub, and tables and texts from files, by `datasets`."""
 
+import os
 import re
 from itertools import accumulate
 from pathlib import Path
@@ -65,5 +66,6 @@ def _refuse_deep(path: Path) -> None:
 
 def is_hub_id(source: str) -> bool:
     """Whether a name is OWNER/NAME, as data sets on the hub have, and not a path."""
-    is_path = source.endswith(EXTENSIONS) or Path(source).exists()
+    # `Path.exists` raises an error for a text that is too long for a path.
+    is_path = source.endswith(EXTENSIONS) or os.path.exists(source)
     return not is_path and re.fullmatch(r"\w[\w.-]*/[\w.-]+", source) is not None

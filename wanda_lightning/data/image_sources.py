@@ -1,5 +1,6 @@
 """Open labeled images from digits or a folder, and split them for training and evaluation."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +63,8 @@ def check_source(data: str) -> None:
     """Raise an error for an unknown name or a path that does not exist, without reading anything."""
     if data == "digits":
         require_extra("demo", "sklearn", purpose="The digits")
-    elif not data or not Path(data).expanduser().is_dir():
-        found = f"it is {data!r}" if data else "it is missing"
+    elif not os.path.isdir(os.path.expanduser(data)):
+        found = f"it is {data!r:.80}" if data else "it is missing"
         raise UserError(
             "data must be digits, or an existing folder with train/CLASS and val/CLASS, or with classes only, but "
             f"{found}."

@@ -1,6 +1,7 @@
 """Sentences to calibrate on, cut from texts, and pairs of sentences with a score of their similarity."""
 
 import csv
+import os
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -27,8 +28,8 @@ _LONGEST = 14
 
 def check_pairs(source: str, option: str) -> None:
     """Raise an error unless a source is `stsb` or an existing .csv file, without reading it; it names the option."""
-    path = Path(source).expanduser()
-    if source != STSB and not (path.suffix == ".csv" and path.is_file()):
+    is_file = source.endswith(".csv") and os.path.isfile(os.path.expanduser(source))
+    if source != STSB and not is_file:
         raise UserError(
             f"{option} must be {STSB} or an existing .csv file with two sentences and a score in each line, but it is "
             f"{source!r:.80}."

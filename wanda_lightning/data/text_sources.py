@@ -37,17 +37,19 @@ def check_source(source: str, option: str = "text") -> None:
     """Raise an error unless a source is a known name, a hub id or a file of a known format; it names the option."""
     if source == "sklearn-docs":
         require_extra("demo", "sklearn", purpose="The descriptions of scikit-learn's data sets")
-    path = Path(source).expanduser()
-    has_extension = path.suffix in EXTENSIONS
-    if has_extension and not path.exists():
+    path = os.path.expanduser(source)
+    has_extension = Path(path).suffix in EXTENSIONS
+    if has_extension and not os.path.exists(path):
         raise UserError(
             f"{option} must be an existing file, but there is no {source}. Check the path."
         )
     if not (source in _NAMES or has_extension or is_hub_id(source)):
+        documents = "[[text]]" if option == "evaluation" else "[text]"
+        own_text = f" Put a text of your own in a file, or in Python in a list: {documents}."
         raise UserError(
             f"{option} must be one of {', '.join(_NAMES)}, the id of a hub data set (OWNER/NAME), an existing file "
             f"that ends in {', '.join(EXTENSIONS)}, or a list of documents, but it is {source!r:.80}."
-            f"{did_you_mean(source, _NAMES)}"
+            f"{did_you_mean(source, _NAMES) or own_text}"
         )
 
 
