@@ -9,12 +9,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sentence_transformers import CrossEncoder, SparseEncoder
 from support.callbacks import WITHOUT_ADVICE, trainer
 from support.embedding import PAIRS, SENTENCES, save_pairs, save_tiny, spearman_by_hand
 from support.layers import assert_same
 from support.quiet import prune
 from support.refusals import refuses
 from support.reports import read_json
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+)
 
 from wanda_lightning import (
     DistillFromDense,
@@ -76,6 +83,40 @@ def test_a_model_that_tokenizes_may_take_features_by_name():
 def test_texts_for_a_model_without_tokenizer_are_refused():
     with refuses("Linear has no method `tokenize`"):
         prune(torch.nn.Linear(4, 4), ["a cat ."])
+
+
+def tiny_with_head(kind, architecture, tiny_folder, folder):
+    """Return a CrossEncoder or SparseEncoder, of the size and with the tokenizer of the tiny model."""
+    config = BertConfig.from_pretrained(tiny_folder, num_labels=1)
+    architecture(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(folder)
+    return kind(str(folder), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("texts", "found"),
+    [
+        ([("a cat .", "a dog .")], r"tensors, but the model was given \('a cat \.', 'a dog"),
+        (["a cat ."], r"pairs of texts, but batches\[0\] is the text 'a cat \.'"),
+    ],
+)
+def test_texts_for_a_cross_encoder_are_refused(tiny_folder, tmp_path, texts, found):
+    architecture = BertForSequenceClassification
+    model = tiny_with_head(CrossEncoder, architecture, tiny_folder, tmp_path)
+    weights = model.state_dict()
+    before = {name: weight.clone() for name, weight in weights.items()}
+    with refuses(rf"{found}.* \[model\.preprocess\(pairs\)\]"):
+        prune(model, texts)
+    assert all(torch.equal(weights[name], weight) for name, weight in before.items())
+    assert prune(model, [model.preprocess([("a cat .", "a dog .")])]).layers
+
+
+def test_gradients_of_a_model_that_writes_in_place_are_refused(tiny_folder, tmp_path):
+    model = tiny_with_head(SparseEncoder, BertForMaskedLM, tiny_folder, tmp_path)
+    with refuses("writes into some of them, as SPLADE models do .* Choose allocation='uniform'"):
+        prune(model, SENTENCES, method="best")
+    without_gradients = {"allocation": "uniform", "pattern": "unstructured_layer"}
+    assert prune(model, SENTENCES, method="best", **without_gradients).layers
 
 
 # ---- smaller folders in a process without this package, which takes seconds to start and so loads all of them

@@ -190,7 +190,16 @@ class _BackwardPasses:
         """Run one backward pass, and return how many predictions each of its samples has."""
         count = min(part.sample.size, self._wanted - part.index)
         objective, predictions = _objective(part.sample, part.index, int(count))
-        objective.backward()
+        try:
+            objective.backward()
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise UserError(
+                "The model must keep the activations that a backward pass reads, but it writes into some of them, as "
+                "SPLADE models do in evaluation mode. Choose allocation='uniform' and pattern='unstructured_layer', "
+                "which read no gradients."
+            ) from error
         return predictions
 
 

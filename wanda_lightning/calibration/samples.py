@@ -87,8 +87,13 @@ class Samples:
         try:
             device = next(self._model.parameters()).device
             return forward_batch(self._model, to_device(batch, device))
-        except Exception:
-            # Only now, since some models replace ids.
+        except Exception as error:
+            # Only now, since some models read other batches, or replace ids.
+            if not tensors_of(batch):
+                raise UserError(
+                    f"batches must hold tensors, but the model was given {batch!r:.80}, without any. Tokenize texts; "
+                    "for pairs of texts and a CrossEncoder, give [model.preprocess(pairs)]."
+                ) from error
             if isinstance(batch, Mapping) and "input_ids" in batch:
                 check_tokens(self._model, batch["input_ids"])
             raise
@@ -242,6 +247,11 @@ def _tokenized(model: Module, batches: Iterable[Any]) -> Iterable[Any]:
         raise UserError(
             f"batches must hold tensors, but they are texts, and {type(model).__name__} has no method `tokenize`, as "
             "models of sentence-transformers do. Tokenize the texts."
+        )
+    if callable(getattr(model, "rank", None)):
+        raise UserError(
+            f"batches for a CrossEncoder must hold pairs of texts, but batches[0] is the text {batches[0]!r:.80}. Give "
+            "[model.preprocess(pairs)]."
         )
     return [
         text_features(model, batches[start : start + SENTENCES])
