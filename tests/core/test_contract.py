@@ -287,7 +287,7 @@ def test_layers_solved_together_equal_layers_solved_alone(criterion, together, s
             {"weigh_rows": True},
             "weigh_rows of Unstructured must be False for group='row'",
         ),
-        (NM, {"n": 4, "m": 4}, "n of NM must be a whole number of at least 1 and below 4, but it"),
+        (NM, {"n": 4, "m": 4}, "as 2:4 keeps two of four, so N must be below M, but it is 4:4"),
         (
             PerLayer,
             {"sparsities": {"last": 1.0}},

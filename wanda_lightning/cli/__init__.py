@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from typing import Any
 
-from cyclopts import CycloptsError
+from cyclopts import CycloptsError, ValidationError
 
 from wanda_lightning.cli.commands import LIGHTNING, app
 from wanda_lightning.cli.options import values_of
@@ -60,7 +60,12 @@ def parse(arguments: Sequence[str]) -> tuple[Callable[..., None], Kwargs]:
         function, bound, _ = app.parse_args(arguments, print_error=False, exit_on_error=False)
     except CycloptsError as error:
         error.verbose = False  # the message without the place in this package
-        raise UserError(str(error)) from error
+        message = str(error)
+        if isinstance(error, ValidationError) and error.argument:
+            message = f"{error.argument.name}: {error.exception_message}"
+        elif message.endswith('%" into float.'):
+            message += " Give a fraction, such as 0.5 for 50%."
+        raise UserError(message) from error
 
     bound.apply_defaults()
     for name, value in values_of(*filter(is_dataclass, bound.arguments.values())).items():

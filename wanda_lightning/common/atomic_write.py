@@ -142,7 +142,8 @@ def require_writable(path: StrPath, overwrite: bool = False, kind: str = "model"
     entries = list_entries(target)
     if (entries or target.is_file()) and not overwrite:
         raise FileExistsError(
-            f"{path} exists and is not empty. Choose another path, or allow it with overwrite."
+            f"{path} exists and is not empty. Choose another path, or replace it with overwrite=True (in the shell, "
+            "--overwrite)."
         )
 
     # Everything in the folder of a model is deleted, so it must not be a folder with other work.

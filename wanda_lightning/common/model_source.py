@@ -80,6 +80,11 @@ def load_config(source: ModelSource) -> Any:
     """Load the transformers configuration of a hub id, a local folder or a GGUF file; errors as for `reading`."""
     arguments = source.locate()
     folder = source.path
+    inner = sorted(config.parent.as_posix() for config in folder.glob("*/config.json"))
+    if inner and not (folder / "config.json").exists():
+        raise UserError(
+            f"model {source} must be a folder with config.json, but it has none. Perhaps you mean {inner[0]}."
+        )
     from transformers import AutoConfig
 
     with reading("configuration", source, on_hub=not folder.exists()):
@@ -181,7 +186,8 @@ def _explained(error: Exception, message: str, reasons: Sequence[str]) -> Except
         kind = OSError
         if reasons:
             message += f" {', '.join(reasons)}:"
-    return kind(f"{message} {one_line(error)}")
+    # transformers goes on with all classes that it knows.
+    return kind(f"{message} {one_line(error).partition(' Model type should be one of ')[0]}")
 
 
 @contextmanager

@@ -185,7 +185,12 @@ class NM(Pattern):
     def __post_init__(self) -> None:
         # So that messages can show the sparsity.
         check(self, m=Number(minimum=2, maximum=10**6, whole=True))
-        check(self, n=Number(minimum=1, below=self.m, whole=True))
+        check(self, n=Number(minimum=1, whole=True))
+        if self.n >= self.m:
+            raise UserError(
+                f"pattern N:M keeps N of every M weights, as 2:4 keeps two of four, so N must be below M, but it is "
+                f"{self.n}:{self.m}."
+            )
 
     @property
     def group_size(self) -> int:
