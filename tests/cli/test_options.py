@@ -144,9 +144,9 @@ prune -x -> Unknown option: -x.
 prune --solver admm --criterion ria -> criterion='ria' cannot be combined with solver='admm'
 prune --save '' -> --save must not be empty.
 prune --calibration gone.txt -> text must be an existing file, but there is no gone.txt. Check the path.
-prune --calibration gone -> for --calibration. text must be one of c4, wikitext2
+prune --calibration gone -> --calibration: text must be one of c4, wikitext2
 prune --calibration python-docs,gone.jsonl -> text must be an existing file, but there is no gone.jsonl.
-prune --calibration '' -> for --calibration. text must be one of c4, wikitext2
+prune --calibration '' -> --calibration: text must be one of c4, wikitext2
 prune --packing rows -> Invalid value "rows" for --packing. Choose from
 prune --stream --eval_zero_shot --save_model x -> --eval_zero_shot must be left out for --stream
 prune --device cuda -> --device must be left out for pruning without --stream
@@ -157,7 +157,7 @@ prune --report report.pdf -> report must end with .html or .png, but it is 'repo
 evaluate --data digits --checkpoint a,b -> --checkpoint must have one file for each --model, but it has 2.
 evaluate --model gpt2,timm:resnet18 -> --model must name language models, or image classifiers.
 evaluate --task_limit 3 -> --task_limit must be left out for
-evaluate --evaluation c4,gone.txt -> for --evaluation. text must be an existing file
+evaluate --evaluation c4,gone.txt -> --evaluation: text must be an existing file
 inspect --seed 1 -> Unknown option: --seed.
 shrink --overwrite -> --overwrite must be left out for a command that writes nothing
 """

@@ -4,6 +4,7 @@ Neither torch nor a model library is imported before the options are known, so t
 """
 
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass
 from typing import Any
 
-from cyclopts import CycloptsError, ValidationError
+from cyclopts import CycloptsError
 
 from wanda_lightning.cli.commands import LIGHTNING, app
 from wanda_lightning.cli.options import values_of
@@ -61,8 +62,8 @@ def parse(arguments: Sequence[str]) -> tuple[Callable[..., None], Kwargs]:
     except CycloptsError as error:
         error.verbose = False  # the message without the place in this package
         message = str(error)
-        if isinstance(error, ValidationError) and error.argument:
-            message = f"{error.argument.name}: {error.exception_message}"
+        if isinstance(error.__cause__, UserError):
+            message = re.sub(r"^Invalid value .* for (--\w+)\. ", r"\1: ", message)
         elif message.endswith('%" into float.'):
             message += " Give a fraction, such as 0.5 for 50%."
         raise UserError(message) from error

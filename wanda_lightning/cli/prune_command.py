@@ -144,6 +144,8 @@ def _prune_in_memory(
         if model.is_language:
             check_source(model.source(name))
         source = data_for(model, data, name)
+        if config.data_reader and data.calibration != (SELF,):
+            source.calibration_dataloader()  # a text that cannot be read is refused at once
         module = load(model, name)  # after the data, since it may be large
 
     if isinstance(source, SentenceDataModule):
