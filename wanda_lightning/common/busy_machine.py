@@ -8,46 +8,27 @@ import logging
 import os
 import time
 from functools import cache
-from pathlib import Path
 
 log = logging.getLogger(__name__)
 
 OPENMP_WAITING = frozenset({"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"})
 """The environment variables that say how OpenMP's threads wait: of the standard, of GCC, and of LLVM and Intel."""
 
-_AT_LEAST = 10.0  # seconds
-# Linux writes three numbers: nanoseconds on a core, nanoseconds waiting for one, time slices.
-_SCHEDULED = Path("/proc/thread-self/schedstat")
+
+def warn_if_busy() -> None:
+    """Warn, once in a process, if other programs take most of the cores and threads spin; called before a long task."""
+    if is_busy(os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, time.process_time()):
+        _warn()
 
 
-class CoreWatch:
-    """Watches the thread that creates it, and warns once in a process if it waits for a core most of the time."""
+def is_busy(load: float, own_seconds: float) -> bool:
+    """Whether the load of the last minute, less this process's share, is more than half of the cores.
 
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-        self._waited_before = _seconds_waiting()
-
-    def check(self) -> None:
-        """Warn if the machine is busy and threads spin."""
-        seconds = time.monotonic() - self._started
-        if is_busy(seconds, _seconds_waiting() - self._waited_before):
-            _warn()
-
-
-def is_busy(seconds: float, waited: float) -> bool:
-    """Whether a thread that was ready to run has waited for a core most of the time.
-
-    Wall time divided by processor time would not do: it is as large where a run waits for its data.
+    The share is the processor time of the whole process, at most that of a minute on all cores.
     """
-    return seconds >= _AT_LEAST and waited > seconds / 2
-
-
-def _seconds_waiting() -> float:
-    """Return how long this thread was ready to run, but had no core; 0 if the system does not count it."""
-    try:
-        return int(_SCHEDULED.read_text(encoding="ascii").split()[1]) / 1e9
-    except OSError:  # not Linux
-        return 0.0
+    cores = os.cpu_count() or 1
+    own = min(own_seconds / 60, cores)
+    return load - own > cores / 2
 
 
 @cache  # once in a process: OpenMP reads the variables only when it is loaded
@@ -56,7 +37,7 @@ def _warn() -> None:
 
     if OPENMP_WAITING.isdisjoint(os.environ) and torch.get_num_threads() > 1:
         log.warning(
-            "the machine is busy: this thread spends most of its time waiting for a core. OpenMP's threads spin while "
-            "they wait for each other, which makes the run several times slower beside other programs. Set "
-            "OMP_WAIT_POLICY=passive before Python starts."
+            "the machine is busy: other programs use most of its cores. OpenMP's threads spin while they wait for each "
+            "other, which makes a run several times slower beside other programs. Set OMP_WAIT_POLICY=passive before "
+            "Python starts."
         )

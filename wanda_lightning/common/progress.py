@@ -15,7 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from wanda_lightning.common.busy_machine import CoreWatch
+from wanda_lightning.common.busy_machine import warn_if_busy
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -27,7 +27,7 @@ class ProgressBar:
         self._title = title
         self._name = ""
         self._console = Console(stderr=True)
-        self._cores = CoreWatch()
+        warn_if_busy()
         self._started = time.monotonic()
         self._last_line = self._started
 
@@ -73,7 +73,6 @@ class ProgressBar:
 
     def advance(self, steps: float = 1) -> None:
         """Count steps as done."""
-        self._cores.check()
         self._bar.advance(self._task.id, steps)
         # Else `show` writes the line, with the name of the next step.
         if not self._name:
