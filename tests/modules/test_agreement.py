@@ -269,13 +269,15 @@ class Embedder(nn.Module):
         return {"sentence_embedding": self.table(input_ids).mean(dim=1)}
 
 
-def test_embeddings_are_compared_by_their_cosine():
+@pytest.mark.parametrize("width", [None, 3])
+def test_embeddings_are_compared_by_their_cosine(monkeypatch, width):
+    monkeypatch.setattr(Embedder, "truncate_dim", width, raising=False)
     batches = [{"input_ids": torch.arange(12).reshape(3, 4) + start} for start in (0, 7)]
     measured = compared(lambda: Embedder(0), lambda: Embedder(1), batches)
     cosines = [
         F.cosine_similarity(
-            Embedder(0)(row[None])["sentence_embedding"],
-            Embedder(1)(row[None])["sentence_embedding"],
+            Embedder(0)(row[None])["sentence_embedding"][:, :width],
+            Embedder(1)(row[None])["sentence_embedding"][:, :width],
         ).item()
         for batch in batches
         for row in batch["input_ids"]

@@ -12,7 +12,23 @@ def reads_texts(model: object) -> bool:
 
 
 def text_features(model: Any, texts: Sequence[str]) -> Mapping[str, Any]:
-    """Return a batch for a model that reads texts: padded, and cut at the longest length of the model."""
-    # sentence-transformers 6 has another name for it, and warns of the old one.
-    tokenize = getattr(model, "preprocess", None) or model.tokenize
-    return tokenize([*texts])
+    """Return a batch as `encode` makes it: with the default prompt, padded, and cut at the model's longest length."""
+    prompts = getattr(model, "prompts", {})
+    prompt = prompts.get(getattr(model, "default_prompt_name", None))
+    # sentence-transformers 5.4 has another name for it, and warns of the old one.
+    preprocess = getattr(model, "preprocess", None) or model.tokenize
+    if not prompt:
+        return preprocess([*texts])
+    if hasattr(model, "preprocess"):
+        return preprocess([*texts], prompt=prompt)
+    # Pooling may leave out the tokens of the prompt.
+    features = preprocess([prompt + text for text in texts])
+    return {**features, "prompt_length": model._get_prompt_length(prompt)}
+
+
+def as_encoded(model: object, output: Any) -> Any:
+    """Return an output whose embeddings, if it has some, are cut at the model's `truncate_dim`, as by `encode`."""
+    width = getattr(model, "truncate_dim", None)
+    if width is None:
+        return output
+    return {**output, "sentence_embedding": output["sentence_embedding"][..., :width]}
