@@ -21,9 +21,11 @@ def text_features(model: Any, texts: Sequence[str]) -> Mapping[str, Any]:
         return preprocess([*texts])
     if hasattr(model, "preprocess"):
         return preprocess([*texts], prompt=prompt)
-    # Pooling may leave out the tokens of the prompt.
     features = preprocess([prompt + text for text in texts])
-    return {**features, "prompt_length": model._get_prompt_length(prompt)}
+    # Pooling may leave out the tokens of the prompt. The prompt alone may end with a special token, too.
+    ids = preprocess([prompt])["input_ids"][0].tolist()
+    length = len(ids) - (ids[-1] in model.tokenizer.all_special_ids)
+    return {**features, "prompt_length": length}
 
 
 def as_encoded(model: object, output: Any) -> Any:
