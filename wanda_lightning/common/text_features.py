@@ -13,19 +13,17 @@ def reads_texts(model: object) -> bool:
 
 def text_features(model: Any, texts: Sequence[str]) -> Mapping[str, Any]:
     """Return a batch as `encode` makes it: with the default prompt, padded, and cut at the model's longest length."""
-    prompts = getattr(model, "prompts", {})
-    prompt = prompts.get(getattr(model, "default_prompt_name", None))
-    # sentence-transformers 5.4 has another name for it, and warns of the old one.
-    preprocess = getattr(model, "preprocess", None) or model.tokenize
-    if not prompt:
-        return preprocess([*texts])
-    if hasattr(model, "preprocess"):
-        return preprocess([*texts], prompt=prompt)
-    features = preprocess([prompt + text for text in texts])
-    # Pooling may leave out the tokens of the prompt. The prompt alone may end with a special token, too.
-    ids = preprocess([prompt])["input_ids"][0].tolist()
-    length = len(ids) - (ids[-1] in model.tokenizer.all_special_ids)
-    return {**features, "prompt_length": length}
+    prompt = ""
+    if getattr(model, "default_prompt_name", None):
+        prompt = model.prompts.get(model.default_prompt_name, "")
+    if hasattr(model, "preprocess"):  # since sentence-transformers 5.4
+        return model.preprocess([*texts], prompt=prompt)
+    features = model.tokenize([prompt + text for text in texts])
+    if prompt:
+        # Pooling may leave out the tokens of the prompt. The prompt alone may end with a special token, too.
+        ids = model.tokenize([prompt])["input_ids"][0].tolist()
+        features["prompt_length"] = len(ids) - (ids[-1] in model.tokenizer.all_special_ids)
+    return features
 
 
 def as_encoded(model: object, output: Any) -> Any:
