@@ -57,3 +57,17 @@ def test_a_second_backward_pass_is_refused():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_a_class_that_is_impossible_for_both_adds_no_loss():
+    predicted = torch.tensor([[1.0, -torch.inf, 3.0]])
+    dense = torch.tensor([[2.0, -torch.inf, 3.0]])
+    loss, slopes = losses.squared_error(predicted, dense)
+    assert_close(loss, torch.tensor(1 / 3))
+    assert_close(slopes, torch.tensor([[-2 / 3, 0, 0]]))
+    possible = [0, 2]
+    expected, expected_slopes = losses.divergence(predicted[:, possible], dense[:, possible])
+    loss, slopes = losses.divergence(predicted, dense)
+    assert_close(loss, expected)
+    assert_close(slopes[:, possible], expected_slopes)
+    assert slopes[0, 1] == 0

@@ -59,8 +59,9 @@ def batches_of_text(mask="none"):
 
 
 def by_hand(dense, pruned):
-    """The divergence of a row of logits."""
-    return divergence(pruned.double(), dense.double(), reduction="sum").item()
+    """The divergence of a row of logits, of which those of impossible classes are minus infinity."""
+    possible = dense > -torch.inf
+    return divergence(pruned[possible].double(), dense[possible].double(), reduction="sum").item()
 
 
 def predicting(batch):
@@ -196,19 +197,27 @@ def test_the_next_forward_pass_finds_no_former_logits_in_memory():
             assert former() is None
 
 
-class Scaled(nn.Module):
-    """A language model that scales the outputs of its head, as some families do."""
+class Changed(nn.Module):
+    """A language model that changes the outputs of its head, as some families do."""
 
-    def __init__(self):
+    def __init__(self, change):
         super().__init__()
         self.model = language_model()
+        self.change = change
 
     def forward(self, input_ids):
-        return {"logits": self.model(input_ids).logits / 4}
+        return {"logits": self.change(self.model(input_ids).logits)}
 
 
-def test_logits_that_are_not_those_of_the_head():
-    scaled = Scaled().eval()
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda logits: logits / 4, id="scaled"),
+        pytest.param(lambda logits: F.pad(logits[..., 3:], (3, 0), value=-torch.inf), id="masked"),
+    ],
+)
+def test_logits_that_are_not_those_of_the_head(change):
+    scaled = Changed(change).eval()
     batches = batches_of_text()
     with torch.no_grad():
         before = [scaled(**batch)["logits"] for batch in batches]
@@ -269,13 +278,15 @@ class Embedder(nn.Module):
         return {"sentence_embedding": self.table(input_ids).mean(dim=1)}
 
 
-def test_embeddings_are_compared_by_their_cosine():
+@pytest.mark.parametrize("width", [None, 3])
+def test_embeddings_are_compared_by_their_cosine(monkeypatch, width):
+    monkeypatch.setattr(Embedder, "truncate_dim", width, raising=False)
     batches = [{"input_ids": torch.arange(12).reshape(3, 4) + start} for start in (0, 7)]
     measured = compared(lambda: Embedder(0), lambda: Embedder(1), batches)
     cosines = [
         F.cosine_similarity(
-            Embedder(0)(row[None])["sentence_embedding"],
-            Embedder(1)(row[None])["sentence_embedding"],
+            Embedder(0)(row[None])["sentence_embedding"][:, :width],
+            Embedder(1)(row[None])["sentence_embedding"][:, :width],
         ).item()
         for batch in batches
         for row in batch["input_ids"]

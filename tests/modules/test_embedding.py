@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder, SparseEncoder
 from support.callbacks import WITHOUT_ADVICE, trainer
-from support.embedding import PAIRS, SENTENCES, save_pairs, save_tiny, spearman_by_hand
+from support.embedding import PAIRS, SENTENCES, load, save_pairs, save_tiny, spearman_by_hand
 from support.layers import assert_same
 from support.quiet import prune
 from support.refusals import refuses
@@ -30,6 +30,7 @@ from wanda_lightning import (
     SentenceDataModule,
     shrink,
 )
+from wanda_lightning.calibration.samples import forward_batch
 from wanda_lightning.common.text_features import text_features
 from wanda_lightning.models import find_layers
 
@@ -100,6 +101,7 @@ def tiny_with_head(kind, architecture, tiny_folder, folder):
         (["a cat ."], r"pairs of texts, but batches\[0\] is the text 'a cat \.'"),
     ],
 )
+@pytest.mark.skipif(not hasattr(CrossEncoder, "preprocess"), reason="tokenizes no pairs")
 def test_texts_for_a_cross_encoder_are_refused(tiny_folder, tmp_path, texts, found):
     architecture = BertForSequenceClassification
     model = tiny_with_head(CrossEncoder, architecture, tiny_folder, tmp_path)
@@ -226,6 +228,67 @@ def test_validate_and_test_log_the_correlation_by_hand(tiny, tmp_path):
     for loop, stage in ((trainer().validate, "val"), (trainer().test, "test")):
         (measured,) = loop(EmbeddingModule(tiny), data, verbose=False)
         assert measured == {f"{stage}_spearman": pytest.approx(expected, abs=1e-4)}
+
+
+@pytest.fixture(params=["prompt", "prompt outside of pooling", "truncated"])
+def encoding(request, tiny):
+    """The tiny model with a setting of its own for `encode`."""
+    if request.param == "truncated":
+        tiny.truncate_dim = 4
+    else:
+        tiny.prompts["passage"] = "the big red "
+        tiny.default_prompt_name = "passage"
+        tiny.set_pooling_include_prompt(request.param == "prompt")
+    return tiny.eval()
+
+
+def test_the_correlation_is_that_of_encode(encoding, tiny_folder, tmp_path):
+    data = SentenceDataModule(evaluation=save_pairs(tmp_path / "pairs.csv"))
+    (measured,) = trainer().validate(EmbeddingModule(encoding), data, verbose=False)
+    expected = spearman_by_hand(encoding)
+    assert measured["val_spearman"] == pytest.approx(expected, abs=1e-4)
+    assert abs(expected - spearman_by_hand(load(tiny_folder).eval())) > 1
+
+
+@pytest.mark.parametrize("run", ["module", "model alone"])
+def test_training_and_calibration_see_what_encode_returns(encoding, run):
+    data = SentenceDataModule(encoding, [" ".join(SENTENCES)], num_samples=8, train_samples=8)
+    for texts, loader in (
+        (data.calibration_sentences, data.calibration_dataloader()),
+        (data.train_pieces, data.train_dataloader()),
+    ):
+        (batch,) = loader
+        batch.pop("score", None)
+        if run == "module":
+            found = EmbeddingModule(encoding).eval()(batch)
+        else:
+            found = forward_batch(encoding, batch)["sentence_embedding"]
+        expected = torch.tensor(encoding.encode(texts))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_is_among_the_tokens_that_prune_counts(tiny):
+    tiny.prompts["passage"] = "the big red "
+    tiny.default_prompt_name = "passage"
+    tiny.set_pooling_include_prompt(False)
+    report = prune(tiny, SENTENCES, method="best")
+    tokens = sum(len(sentence.split()) + 5 for sentence in SENTENCES)
+    assert {layer.tokens for layer in report.layers if "encoder" in layer.name} == {tokens}
+
+
+def test_distillation_compares_what_encode_returns(tiny, tiny_folder, tmp_path):
+    tiny.truncate_dim = 4
+    prune(tiny, SENTENCES, 0.7)
+    dense = load(tiny_folder)
+    dense.truncate_dim = 4
+    pairs = save_pairs(tmp_path / "pairs.csv")
+    data = SentenceDataModule(tiny, [" ".join(SENTENCES)], pairs, train_samples=8)
+    found, expected = (torch.tensor(m.encode(data.train_pieces)) for m in (tiny, dense))
+
+    loop = trainer(DistillFromDense(dense, weight=1), max_epochs=1)
+    loop.fit(EmbeddingModule(tiny), data)
+    error = (found - expected).square().mean().item()
+    assert loop.callback_metrics["distillation_loss"] == pytest.approx(error, rel=1e-4)
 
 
 def fit(module, tmp_path, *callbacks):

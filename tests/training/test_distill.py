@@ -416,14 +416,37 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_written(break_, me
     assert message in refusal(model, some_batches(2), recovery="distill")
 
 
-def test_impossible_classes_do_not_count():
-    class Masked(Classifier):
+class Masked(Headed):
+    """Sets the logit of a class behind the head."""
+
+    def __init__(self, logit):
+        super().__init__()
+        self.logit = logit
+
+    def forward(self, x):
+        return super().forward(x).index_fill(1, torch.tensor([4]), self.logit)
+
+
+@pytest.mark.parametrize("choice", [{"recovery": "distill"}, {"method": "thorough"}])
+def test_impossible_classes_do_not_count(choice):
+    model = Masked(-math.inf).double()
+    improbable = Masked(-1e4).double()  # its probability is 0
+    improbable.load_state_dict(model.state_dict())
+    batches = some_batches(4)
+    for each in (model, improbable):
+        report = prune(each, batches, 0.5, **choice)
+        assert math.isfinite(report.training.passes[-1].loss)
+    assert_close_states(model, improbable)
+
+
+def test_logits_that_the_model_adds_behind_the_head():
+    class Padded(Headed):
         def forward(self, x):
             return torch.cat([super().forward(x), torch.full((len(x), 1), -math.inf)], dim=1)
 
-    model = Masked().double()
+    model = Padded().double()
     batches = some_batches(4)
-    plain = classifier()
+    plain = Headed().double()
     plain.load_state_dict(model.state_dict())
     for each in (model, plain):
         prune(each, batches, 0.5, recovery="distill")

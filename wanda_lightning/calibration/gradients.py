@@ -251,7 +251,8 @@ def _checked_predictions(output: object, sample: Sample) -> tuple[Tensor, Tensor
         keep = mask.keep.to(predictions.device)
         predictions = predictions.reshape(*keep.shape, -1)
         counted = predictions[keep]
-    if not counted.isfinite().all():
+    # Minus infinity is the logit of an impossible class.
+    if not (counted < math.inf).all():
         raise UserError(
             "calibration batches must give finite predictions, but those of batch "
             f"{sample.batch_index} (counted from 0) hold NaN or infinity. Check that batch, or load the model in a "

@@ -27,7 +27,7 @@ from wanda_lightning.calibration.error_notes import naming_batch
 from wanda_lightning.calibration.trees import clone_arguments, tensors_of
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
-from wanda_lightning.common.text_features import SENTENCES, reads_texts, text_features
+from wanda_lightning.common.text_features import SENTENCES, as_encoded, reads_texts, text_features
 from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.models import TokenMask, check_tokens, token_masks
 from wanda_lightning.parallel import Processes
@@ -296,7 +296,8 @@ def forward_batch(model: Module, batch: Any) -> object:
         arguments = inspect.signature(model.forward).parameters
         if not reads_texts(model) or batch.keys() & arguments.keys():
             return model(**_accepted(model, batch))
-    return model(batch[0] if isinstance(batch, tuple | list) else batch)
+    output = model(batch[0] if isinstance(batch, tuple | list) else batch)
+    return as_encoded(model, output)
 
 
 def _accepted(model: Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:

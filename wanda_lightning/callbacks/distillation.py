@@ -25,6 +25,7 @@ from wanda_lightning.common.aliases import Forward, Kwargs, StrPath
 from wanda_lightning.common.checks import Number, check
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.float64 import widened
+from wanda_lightning.common.text_features import as_encoded
 from wanda_lightning.core.losses import summed_divergence
 from wanda_lightning.models import (
     causal_config,
@@ -195,12 +196,13 @@ class _Comparison:
                 options["labels"] = None  # the dense model's own loss would take memory and time
             with torch.no_grad():
                 output = self.teacher(*inputs, **options)
-            dense = _predictions(output, "The dense model")
+            dense = _predictions(as_encoded(self.network, output), "The dense model")
             are_vectors = has_vectors(output)
 
             arguments = _by_name(forward, args, kwargs)
             output = forward(*args, **kwargs)
-            self._add(_predictions(output, "The network"), dense, are_vectors, arguments)
+            predicted = _predictions(as_encoded(self.network, output), "The network")
+            self._add(predicted, dense, are_vectors, arguments)
             return output
 
         return watched

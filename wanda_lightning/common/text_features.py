@@ -12,7 +12,23 @@ def reads_texts(model: object) -> bool:
 
 
 def text_features(model: Any, texts: Sequence[str]) -> Mapping[str, Any]:
-    """Return a batch for a model that reads texts: padded, and cut at the longest length of the model."""
-    # sentence-transformers 6 has another name for it, and warns of the old one.
-    tokenize = getattr(model, "preprocess", None) or model.tokenize
-    return tokenize([*texts])
+    """Return a batch as `encode` makes it: with the default prompt, padded, and cut at the model's longest length."""
+    prompt = ""
+    if getattr(model, "default_prompt_name", None):
+        prompt = model.prompts.get(model.default_prompt_name, "")
+    if hasattr(model, "preprocess"):  # since sentence-transformers 5.4
+        return model.preprocess([*texts], prompt=prompt)
+    features = model.tokenize([prompt + text for text in texts])
+    if prompt:
+        # Pooling may leave out the tokens of the prompt. The prompt alone may end with a special token, too.
+        ids = model.tokenize([prompt])["input_ids"][0].tolist()
+        features["prompt_length"] = len(ids) - (ids[-1] in model.tokenizer.all_special_ids)
+    return features
+
+
+def as_encoded(model: object, output: Any) -> Any:
+    """Return an output whose embeddings, if it has some, are cut at the model's `truncate_dim`, as by `encode`."""
+    width = getattr(model, "truncate_dim", None)
+    if width is None:
+        return output
+    return {**output, "sentence_embedding": output["sentence_embedding"][..., :width]}

@@ -47,7 +47,8 @@ def _divergence_terms(log_q: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
 
 def squared_error(predicted: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
     """Return the squared error summed over the rows and averaged over their entries, and its gradient."""
-    difference = predicted - dense
+    # Both may be minus infinity, for a class that is impossible, and their difference is NaN.
+    difference = (predicted - dense).masked_fill_(predicted == dense, 0)
     return difference.square().mean(dim=-1).sum(), difference.mul_(2 / difference.shape[-1])
 
 

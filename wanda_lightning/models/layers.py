@@ -276,7 +276,8 @@ def refuse_no_values(layer: Layer) -> None:
     """Refuse a layer on the meta device."""
     if layer.parameter.is_meta:
         raise UserError(
-            f"model must hold its weights, but {layer.name} is on the meta device. Load the weights first."
+            f"model must hold its weights, but {layer.name} is on the meta device. Load the weights first, or "
+            "prune the model's folder one block at a time, with prune_from_disk or, in the shell, --stream."
         )
 
 

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.nn import Module, functional as F
 
 from wanda_lightning.common.float64 import widened
+from wanda_lightning.common.text_features import as_encoded
 from wanda_lightning.core.losses import row_divergences
 from wanda_lightning.models import find_predictions, has_classes, head_within
 from wanda_lightning.modules.perplexity import predicted_tokens
@@ -200,7 +201,7 @@ def _watching(model: Module, head: Module | None) -> Iterator[_LastCall]:
         last.head_inputs = args
 
     def keep_output(module: Module, args: object, output: object) -> None:
-        last.output = output
+        last.output = as_encoded(model, output)
 
     with ExitStack() as hooks:
         if head is not None:

@@ -19,7 +19,7 @@ from wanda_lightning.common.checks import check_flags
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.evaluation_mode import evaluating
 from wanda_lightning.common.model_source import ModelSource
-from wanda_lightning.common.text_features import reads_texts
+from wanda_lightning.common.text_features import as_encoded, reads_texts
 from wanda_lightning.modules.model_loading import load_embedding_model
 from wanda_lightning.modules.optimizers import adamw
 from wanda_lightning.units.fit_configuration import refuse_unloadable
@@ -32,12 +32,14 @@ class EmbeddingModule(L.LightningModule):
     """A model of sentence-transformers, trained and evaluated on pairs of sentences with a score of their similarity.
 
     A batch is a mapping with the features of sentences, as the model's `preprocess` or `tokenize` returns them, such as
-    `input_ids` and `attention_mask`. For pairs, the first half of its rows are the first sentences, the second half the
-    second ones, and `score` has the shape (pairs,); `SentenceDataModule` makes such batches. The loss is the squared
-    difference between the cosine similarity and the score, from 0 to 1. With None as `score`, the loss is 0, so that
-    `DistillFromDense` alone says what is learned; the model then trains as in evaluation, without dropout and without
-    checkpoints of its blocks. The module logs `train_loss` (with scores), `val_spearman` and `test_spearman`, the
-    Spearman correlation of the similarities with the scores, times 100; `predict` returns the embeddings.
+    `input_ids` and `attention_mask`. Embeddings are those of `encode`: `SentenceDataModule` puts the model's default
+    prompt before each text, and this module cuts them at the model's `truncate_dim`. For pairs, the first half of its
+    rows are the first sentences, the second half the second ones, and `score` has the shape (pairs,);
+    `SentenceDataModule` makes such batches. The loss is the squared difference between the cosine similarity and the
+    score, from 0 to 1. With None as `score`, the loss is 0, so that `DistillFromDense` alone says what is learned; the
+    model then trains as in evaluation, without dropout and without checkpoints of its blocks. The module logs
+    `train_loss` (with scores), `val_spearman` and `test_spearman`, the Spearman correlation of the similarities with
+    the scores, times 100; `predict` returns the embeddings.
 
     Args:
         model: Hub id or folder of a model of sentence-transformers, or a loaded model.
@@ -94,8 +96,9 @@ class EmbeddingModule(L.LightningModule):
         return self.model
 
     def forward(self, features: Features) -> Tensor:
-        """Return the embeddings of sentences, of shape (sentences, width)."""
-        return self.model(dict(features))["sentence_embedding"]
+        """Return the embeddings of sentences, of shape (sentences, width), cut at the model's `truncate_dim`."""
+        output = as_encoded(self.model, self.model(dict(features)))
+        return output["sentence_embedding"]
 
     def calibration_predictions(self, batch: Features) -> Tensor:
         """Run the sentences of the batch through the model and return their embeddings."""
