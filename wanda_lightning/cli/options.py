@@ -363,10 +363,6 @@ class Folder:
     """Folder for the new model."""
     stream: bool = False
     """Read a language model block by block from disk, and write each block; an interrupted prune continues."""
-    push_to_hub: str | None = None
-    """OWNER/NAME of a repository on the Hugging Face hub, to which the saved model is uploaded."""
-    private: bool = False
-    """Make the repository of --push_to_hub private if it is new, and refuse a public one."""
     overwrite: bool = False
     """Replace a --save_model folder with everything in it, and a --report; add to a --save folder."""
 

@@ -22,7 +22,7 @@ from wanda_lightning.cli.model_and_data import AnyData, data_for, load
 from wanda_lightning.cli.options import PruneOptions, Results, as_command, values_of
 from wanda_lightning.cli.printing import print_line, print_table
 from wanda_lightning.cli.sample_text import PROMPTS, continuations, measure_loops
-from wanda_lightning.cli.saving import upload_saved, write_results
+from wanda_lightning.cli.saving import write_results
 from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.atomic_write import require_writable, resolve_path
 from wanda_lightning.common.errors import UserError
@@ -103,7 +103,7 @@ def prune(config: PruningConfig, options: PruneOptions) -> None:
         report, sentence = _save(done, results)
         run = _circumstances(done, config, options, report.shrunk)
         described = {**report.config, "command": _given_values(options)}
-        report, files = write_results(replace(report, run=run, config=described), options)
+        report = write_results(replace(report, run=run, config=described), options)
         if tasks:
             # They take hours for a large model, so everything is saved before, too.
             _answer(done.module, tasks, done.data, done.pruned)
@@ -111,7 +111,7 @@ def prune(config: PruningConfig, options: PruneOptions) -> None:
             for name, shares in flips(done.dense.answers, done.pruned.answers).items():
                 accuracies[name] |= shares
             run = replace(run, zero_shot=accuracies, dense_zero_shot=done.dense.accuracies)
-            report, _ = write_results(replace(report, run=run), options)
+            report = write_results(replace(report, run=run), options)
 
     for line in _summary(report, run, sentence, results):
         print_line(line)
@@ -119,7 +119,6 @@ def prune(config: PruningConfig, options: PruneOptions) -> None:
         name = options.model.model
         both = {name: done.dense.accuracies, f"{name}, pruned": accuracies}
         print_table(Evaluation(both, dense=name).table())
-    upload_saved(results, files)
 
 
 def _answer(module: Any, tasks: Kwargs, data: Any, measured: _Measurement) -> None:
