@@ -42,7 +42,8 @@ def write_card(folder: StrPath, report: PruningReport, *, trained_steps: int = 0
 
     Results on data sets of the hub are also written in the hub's own format, into `.eval_results`. Beside a README.md
     that this function did not write, nothing is written. Folders of this machine are left out, except in its code,
-    which loads the model from `folder`. `trained_steps` is the number of optimizer steps of the run that pruned the model.
+    which loads the model from `folder`. `trained_steps` is the number of optimizer steps of the run that pruned the
+    model.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
