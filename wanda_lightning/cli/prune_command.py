@@ -47,7 +47,6 @@ from wanda_lightning.report.descriptions import (
     agreement_in_a_sentence,
     change_of,
     cost_of,
-    loops_of,
 )
 from wanda_lightning.streaming import shrink_from_disk
 from wanda_lightning.streaming.checkpoint import Checkpoint
@@ -165,9 +164,8 @@ def _prune_in_memory(
         if data.evaluation:
             measured.metrics.update(measure(module, source, agreement, is_dense))
         module.to(device)  # at its end, the Trainer moves the model to the CPU
-        # Generation is slow, so it runs only if the model or a page is saved.
-        writes_text = results.report or results.save_model
-        if writes_text and data.evaluation and isinstance(source, TextDataModule):
+        # Generation is slow, so it runs only for a page.
+        if results.report and data.evaluation and isinstance(source, TextDataModule):
             windows = source.windows_of(source.evaluations[0])
             measured.loops = measure_loops(module.model, module.tokenizer, windows)
         if results.report and model.is_language:
@@ -416,8 +414,6 @@ def _summary(
         sentence = agreement_in_a_sentence(result)
         if sentence:
             yield sentence
-    if run.loops:
-        yield loops_of(run.loops)
     for cost in run.costs:
         yield cost_of(cost)
     for note in report.notes:

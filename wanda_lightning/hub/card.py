@@ -173,12 +173,6 @@ def _results(run: Circumstances) -> tuple[list[tuple[str, str, str]], list[Any]]
                 EvalResult(metric.task, kind, data, metric.on_hub, after, metric_name=metric.name)
             )
 
-    if run.loops:
-        loops = run.loops
-        before = TOP1.text(loops.before, loops.before_error)
-        name = f"Continuations that end in a loop ({loops.data})"
-        rows.append((name, before, TOP1.text(loops.after, loops.after_error)))
-
     for task, scores in run.zero_shot.items():
         dense_scores = run.dense_zero_shot.get(task, {})
         for score, title in descriptions.TASK_METRICS.items():
