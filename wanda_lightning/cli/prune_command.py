@@ -374,13 +374,8 @@ def _loops(done: _Pruned) -> Measured | None:
     after = done.pruned.loops
     if not before or not after:
         return None
-    return Measured(
-        data=f"{after['prompts']} continuations",
-        before=before["in_a_loop"],
-        after=after["in_a_loop"],
-        before_error=before.get("in_a_loop_stderr"),
-        after_error=after.get("in_a_loop_stderr"),
-    )
+    data = f"{after['prompts']} continuations"
+    return Measured(data, before["in_a_loop"], after["in_a_loop"])
 
 
 def _costs(done: _Pruned, folder: str | None, is_smaller: bool) -> tuple[Measured, ...]:
