@@ -79,8 +79,6 @@ LABELS = {
     "fixed": "then `DistillFromDense`",
     "structured": "units",
     "structured, fisher": "units, by the loss",
-    "structured, fisher parameters": "units, by the loss and their parameters",
-    "structured, fisher macs": "units, by the loss and their multiply-adds",
     "structured, fisher seconds": "units, by the loss and their seconds",
     "GroupMagnitude": "units, by Torch-Pruning",
     "PPM": "units, by OptiPFair",

@@ -285,9 +285,8 @@ def photos(options):
         return {"top1": int(correct.sum()) / len(correct)}
 
     rows = common_rows(images.planned, images.calibration)
-    for cost, widths in {"parameters": ["25"], "macs": ["25"], "seconds": ["25", "35"]}.items():
-        priced = partial(narrower, images.calibration, allocation=Fisher(cost=cost))
-        rows += rows_of_units(images.planned, f"structured, fisher {cost}", priced, widths)
+    timed = partial(narrower, images.calibration, allocation=Fisher(cost="seconds"))
+    rows += rows_of_units(images.planned, "structured, fisher seconds", timed, ["25", "35"])
     clock = partial(time_images, images.calibration[0].shape[1:])
     return Comparison(images.model, quality, ["images"], clock, run_images, options.runs), rows
 

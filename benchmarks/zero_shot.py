@@ -16,7 +16,7 @@ from measuring import LanguageModel, run_from_shell
 from quality import TEXT, CellOptions, cells_of, prune_and_measure, prune_cells
 from result import Runs
 
-from wanda_lightning.evaluation import PAPER_TASKS, load_tasks, zero_shot
+from wanda_lightning.evaluation import PAPER_TASKS, answer, load_tasks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ def main(options: Options):
         if all(runs.saved(row) for row in rows.values()):
             return
         measured = measure()
-        metrics = zero_shot(language.model, language.tokenizer, tasks)
+        metrics, _ = answer(language.model, language.tokenizer, tasks)
         for name, row in rows.items():
             runs.save(row, {**measured, **accuracies(metrics[name])})
 

@@ -1,12 +1,10 @@
 """Prune a collection of models, and leave for each a folder with the model, its card, its results and its report.
 
     python recipes/collection.py recipes/collection.yaml --out out/collection
-    python recipes/collection.py recipes/collection.yaml --out out/collection --upload
 
 A collection is a YAML file: `models` by name, each with options of `wanda-lightning prune`, and `options` that all of
 them share. Each model is one command in a process of its own, which leaves the model with its card in DIR/NAME/NAME,
-and pruning_report.json, report.html and output.txt beside it. --upload uploads the models that have an option
-`push_to_hub: OWNER/NAME`, after they were pruned; it writes their cards again, for the repository.
+and pruning_report.json, report.html and output.txt beside it. `hf upload OWNER/NAME DIR/NAME/NAME` uploads a model.
 
 All entries are checked before the first one runs. One that fails does not stop the others, and the exit status is 1.
 The same command again runs only what is not finished: a model that was interrupted is pruned from its start, or with
@@ -36,9 +34,6 @@ from wanda_lightning import PruningConfig, PruningReport
 from wanda_lightning.cli import parse
 from wanda_lightning.cli.commands import refuse
 from wanda_lightning.cli.options import values_of
-from wanda_lightning.common.atomic_write import atomic_write
-from wanda_lightning.hub.card import write_card
-from wanda_lightning.hub.upload import list_files, refuse_upload, upload
 from wanda_lightning.report import REPORT_NAME
 from wanda_lightning.report.descriptions import METRICS, change_of
 
@@ -53,8 +48,6 @@ class Entry:
     name: str
     options: dict[str, Any]
     folder: Path
-    repository: str = ""  # on the hub; empty: it is not uploaded
-    private: bool = False
 
     @property
     def model(self) -> Path:
@@ -75,7 +68,7 @@ class Entry:
         arguments += [f"--{name}={place}" for name, place in places.items()]
         return [*arguments, "--overwrite"]
 
-    def check(self, uploads: bool) -> None:
+    def check(self) -> None:
         """Raise an error that names the entry, for what the command would refuse before it loads the model."""
         try:
             for name in SET_HERE:
@@ -84,8 +77,6 @@ class Entry:
             groups = self._groups()
             refuse(*groups.values())
             PruningConfig.from_names(**groups["pruning"].choices)
-            if uploads and self.repository:
-                refuse_upload(self.repository, self.private)
         except (ValueError, OSError) as error:
             raise ValueError(f"{self.name}: {error}") from error
 
@@ -132,19 +123,6 @@ class Entry:
             raise RuntimeError(f"failed with status {status}: {last} (all of it: {path})")
         return f"pruned.{_results_of(report)}"
 
-    def upload(self) -> str:
-        """Upload the pruned model unless that is done, and return the address of its repository."""
-        record = self.folder / "uploaded.json"
-        done = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-        if self.repository not in done:
-            # The card that the command wrote names the folder.
-            write_card(self.model, self.report(), name=self.repository, on_hub=True)
-            files = list_files(self.model)
-            done[self.repository] = upload(self.model, self.repository, files, self.private)
-            with atomic_write(record) as temporary:
-                temporary.write_text(json.dumps(done, indent=1), encoding="utf-8")
-        return done[self.repository]
-
     @property
     def _page(self) -> Path:
         return self.folder / "report.html"
@@ -177,17 +155,11 @@ def read(path: Path, out: Path) -> list[Entry]:
         if not isinstance(own, dict):
             raise ValueError(f"{name}: it must have options, at least model, but it is {own!r}.")
         options = {**content.get("options", {}), **own}
-        repository = options.pop("push_to_hub", "")
-        private = options.pop("private", "false")
-        if private not in ("true", "false"):  # any other word must not publish a model
-            raise ValueError(f"{name}: private must be true or false, but it is {private!r}.")
-        if repository and repository in [entry.repository for entry in entries]:
-            raise ValueError(f"{name}: another model has the same push_to_hub, {repository}.")
-        entries.append(Entry(name, options, out / name, repository, private == "true"))
+        entries.append(Entry(name, options, out / name))
     return entries
 
 
-def check(entries: Sequence[Entry], uploads: bool, overwrite: bool) -> None:
+def check(entries: Sequence[Entry], overwrite: bool) -> None:
     """Raise a ValueError with all entries that are wrong or were finished with other options.
 
     With `overwrite`, the folders of the latter are deleted once no entry is wrong.
@@ -196,7 +168,7 @@ def check(entries: Sequence[Entry], uploads: bool, overwrite: bool) -> None:
     outdated = []
     for entry in entries:
         try:
-            entry.check(uploads)
+            entry.check()
             report = entry.report()
             changes = entry.changes(report) if report else []
             if changes and not overwrite:
@@ -215,15 +187,13 @@ def check(entries: Sequence[Entry], uploads: bool, overwrite: bool) -> None:
         shutil.rmtree(folder)
 
 
-def run_all(entries: Sequence[Entry], uploads: bool) -> list[str]:
-    """Prune, and perhaps upload, each model. Return the names of those that failed."""
+def run_all(entries: Sequence[Entry]) -> list[str]:
+    """Prune each model. Return the names of those that failed."""
     failed = []
     for number, entry in enumerate(entries, start=1):
         print(f"[{number}/{len(entries)}] {entry.name}: ", end="", flush=True)
         try:
             print(entry.run(), flush=True)
-            if uploads and entry.repository:
-                print(f"    uploaded to {entry.upload()}", flush=True)
         except (RuntimeError, ValueError, OSError) as error:
             failed.append(entry.name)
             print(error, flush=True)
@@ -248,16 +218,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="finished models in it are not pruned again",
     )
     parser.add_argument(
-        "--upload", action="store_true", help="upload the models that have push_to_hub"
-    )
-    parser.add_argument(
         "--overwrite", action="store_true", help="prune models that have other options again"
     )
     arguments = parser.parse_args(argv)
     try:
         entries = read(arguments.collection, arguments.out)
-        check(entries, arguments.upload, arguments.overwrite)
-        failed = run_all(entries, arguments.upload)
+        check(entries, arguments.overwrite)
+        failed = run_all(entries)
     except (ValueError, OSError, yaml.YAMLError) as error:
         print(f"collection.py: error: {error}", file=sys.stderr)
         return 1

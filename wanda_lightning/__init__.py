@@ -78,7 +78,6 @@ if TYPE_CHECKING:
         shrink_from_disk as shrink_from_disk,
     )
     from wanda_lightning.training import (
-        Distil as Distil,
         Distill as Distill,
         NoRecovery as NoRecovery,
         Reconstruct as Reconstruct,
@@ -106,7 +105,7 @@ _HOMES = {
     "data.text": "TextDataModule",
     "modules": "CausalLMModule EmbeddingModule ImageClassifierModule",
     "engine.prune": "prune",
-    "training": "Distil Distill NoRecovery Reconstruct",
+    "training": "Distill NoRecovery Reconstruct",
     "report": "PruningReport",
     "units.shrink": "Shrunk shrink",
     "streaming": "perplexity_from_disk prune_from_disk shrink_from_disk",

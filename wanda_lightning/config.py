@@ -290,9 +290,6 @@ NAMES: Mapping[str, Mapping[str, Any]] = {
 }
 """The names that an argument of `from_names` takes; `pattern` also takes any N:M, and `structured:16`."""
 
-OLD_NAMES = {"distil": "distill"}
-"""Names that version 0.3 had, and that are accepted for one more version, but not listed."""
-
 
 def _base(option: str) -> type:
     """Return the class of the objects that an option takes."""
@@ -321,8 +318,6 @@ def _check_sparsity(sparsity: float) -> None:
 
 def _named(option: str, name: object) -> Any:
     names = NAMES[option]
-    if isinstance(name, str):
-        name = OLD_NAMES.get(name, name)
     if not isinstance(name, str) or name not in names:
         near = did_you_mean(str(name), names)
         raise UserError(f"{option} must be one of {', '.join(names)}, but it is {name!r}.{near}")

@@ -43,8 +43,6 @@ ALLOCATIONS: Table[Allocation] = {
     "owl": lambda: wl.OWL(),
     "owl_layer": lambda: wl.OWL(per="layer"),
     "fisher": lambda: wl.Fisher(),
-    "fisher_parameters": lambda: wl.Fisher(cost="parameters"),
-    "fisher_macs": lambda: wl.Fisher(cost="macs"),
     "fisher_seconds": lambda: wl.Fisher(cost="seconds"),
 }
 

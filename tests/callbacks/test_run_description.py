@@ -3,8 +3,6 @@
 import pytest
 import timm
 import torch
-from jsonargparse import ArgumentParser
-from lightning.pytorch.callbacks import Callback
 from safetensors.torch import save_file
 from support.callbacks import Net, fit_module, loader, same, trainer, validate_module
 from support.layers import rng
@@ -97,17 +95,6 @@ def test_a_page_is_written_when_the_callback_prunes(tmp_path):
     page = Page(tmp_path / "out/report.html")
     assert page.open == []
     assert all(layer.name in page.text for layer in callback.report.layers)
-
-
-def test_a_recipe_may_still_have_the_former_name_of_the_page_with_a_warning():
-    parser = ArgumentParser()
-    parser.add_subclass_arguments(Callback, "callback")
-    recipe = {"class_path": "wanda_lightning.WandaPrune", "init_args": {"report": "page.html"}}
-    config = parser.parse_object({"callback": recipe})
-    with pytest.warns(FutureWarning, match="report is now called report_page"):
-        callback = parser.instantiate(config).callback
-    assert callback.report_page == "page.html"
-    assert callback.report is None
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ from support.callbacks import (
     state,
     trainer,
 )
-from support.hub import hub as hub
 from support.layers import assert_same
 from support.modules import VIT, tiny_llama, windows_of_text
 from torch import nn
@@ -113,8 +112,7 @@ def test_fast_dev_run_writes_nothing(tmp_path):
     pruning = PruningCallback(
         report_dir=tmp_path / "report", report_page=tmp_path / "page.html", method="magnitude"
     )
-    # There is no token to push with.
-    saving = SavePretrained(tmp_path / "out", overwrite=True, push_to_hub="us/tiny")
+    saving = SavePretrained(tmp_path / "out", overwrite=True)
     fit_module(
         CausalLMModule(tiny_llama()),
         pruning,
@@ -228,19 +226,6 @@ def test_the_card_counts_the_zeros_of_the_saved_model(tmp_path, keep_zeros):
     saved = load_file(tmp_path / "out/model.safetensors").values()
     share = sum(int((tensor == 0).sum()) for tensor in saved) / sum(map(torch.numel, saved))
     assert f"which is {share:.2%} of all" in (tmp_path / "out/README.md").read_text()
-
-
-def test_the_folder_is_pushed_to_the_hub(tmp_path, hub):
-    fit_module(
-        CausalLMModule(tiny_llama()),
-        PruningCallback(method="magnitude"),
-        SavePretrained(tmp_path / "out", push_to_hub="us/tiny"),
-        data=DataLoader(windows_of_text(1)),
-        max_steps=1,
-    )
-    assert hub.repositories == {
-        "us/tiny": {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    }
 
 
 def windows():

@@ -109,7 +109,6 @@ def test_models_side_by_side(stored, inputs, side_by_side, tmp_path, capsys):
                 flips = results[folder][name]
                 assert change == flips["wrong_to_right"] - flips["right_to_wrong"]
 
-    assert all(each["continuations"]["prompts"] == 5 for each in results.values())
     out = capsys.readouterr().out
     before = results[dense][texts[0]]["perplexity"]
     after = results[pruned][texts[0]]["perplexity"]

@@ -152,7 +152,6 @@ prune --stream --eval_zero_shot --save_model x -> --eval_zero_shot must be left 
 prune --device cuda -> --device must be left out for pruning without --stream
 prune --shrink --stream -> --shrink, --stream must be left out for a command without --save_model
 prune --shrink --pattern 2:4 --save_model x -> --shrink must be left out for --pattern 2:4
-prune --private -> --private must be left out for a command without --push_to_hub
 prune --report report.pdf -> report must end with .html or .png, but it is 'report.pdf'.
 evaluate --data digits --checkpoint a,b -> --checkpoint must have one file for each --model, but it has 2.
 evaluate --model gpt2,timm:resnet18 -> --model must name language models, or image classifiers.

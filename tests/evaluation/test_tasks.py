@@ -14,8 +14,8 @@ from support.pairwise import with_nightly
 from support.refusals import refuses
 from support.tasks import DOCUMENTS, accuracies_by_hand, tiny_llama, tiny_tokenizer, write_tasks
 
-from wanda_lightning.evaluation import PAPER_TASKS, load_tasks, zero_shot
-from wanda_lightning.evaluation.tasks import answer, flips
+from wanda_lightning.evaluation import PAPER_TASKS, answer, load_tasks
+from wanda_lightning.evaluation.tasks import flips
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,8 @@ def test_accuracy_is_the_one_counted_by_hand(tmp_path, name):
     seen = set()
     for seed in range(40):
         model = tiny_llama(seed)
-        measured = zero_shot(model, tokenizer, tasks, batch_size=2)[name]
+        results, _ = answer(model, tokenizer, tasks, batch_size=2)
+        measured = results[name]
         expected = accuracies_by_hand(model, tokenizer, name, DOCUMENTS[name])
         if name in ("boolq", "rte"):
             del expected["acc_norm"]
@@ -51,7 +52,7 @@ def test_a_limit_takes_the_first_documents_and_the_model_stays_as_it_was(tmp_pat
     before = deepcopy(model)
     tokenizer = tiny_tokenizer()
     tokenizer.eos_token = "!"
-    measured = zero_shot(model, tokenizer, load_tasks(["arc_easy", "rte"], tmp_path), limit=1)
+    measured, _ = answer(model, tokenizer, load_tasks(["arc_easy", "rte"], tmp_path), limit=1)
 
     assert [module.training for module in model.modules()] == modes
     assert same(model, before)

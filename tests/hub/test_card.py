@@ -48,7 +48,7 @@ def undrawn(monkeypatch):
 def card_of(folder, run=RUN):
     model, report = pruned_llama()
     CausalLMModule(model, tiny_tokenizer()).save_pretrained(folder)
-    write_card(folder, replace(report, run=run), name=folder)
+    write_card(folder, replace(report, run=run))
     return ModelCard.load(folder / "README.md")
 
 
@@ -110,7 +110,6 @@ def test_the_card_has_a_picture(tiny):
 
 @pytest.mark.parametrize("library", ["transformers", "timm"])
 def test_the_code_of_the_card_loads_the_model(tmp_path, library):
-    code = {}
     model, report = pruned_llama()
     if library == "timm":
         model = timm.create_model("test_vit")
@@ -118,21 +117,17 @@ def test_the_code_of_the_card_loads_the_model(tmp_path, library):
         timm.models.save_for_hf(model, str(tmp_path), safe_serialization=True)
     else:
         model.save_pretrained(tmp_path)
-    for name in ("us/tiny", tmp_path):
-        write_card(tmp_path, report, name=name, on_hub=name == "us/tiny")
-        text = (tmp_path / "README.md").read_text()
-        code[name] = "".join(re.findall(r"```python\n(.*?)\n```", text, flags=re.DOTALL))
-        assert "wanda_lightning" not in code[name]
-    address = {"transformers": '("us/tiny"', "timm": '("hf-hub:us/tiny", '}
-    assert address[library] in code["us/tiny"]
+    write_card(tmp_path, report)
+    text = (tmp_path / "README.md").read_text()
+    code = "".join(re.findall(r"```python\n(.*?)\n```", text, flags=re.DOTALL))
+    assert "wanda_lightning" not in code
     names = {}
-    exec(code[tmp_path], names)
+    exec(code, names)
     assert same(names["model"], model)
 
 
 def text_after(folder, **how):
     """Return the text of the card that is in a folder after another one was written."""
-    how.setdefault("name", folder)
     write_card(folder, pruned_llama()[1], **how)
     return (folder / "README.md").read_text()
 
@@ -141,9 +136,7 @@ def test_the_code_of_the_card_lets_a_modeling_file_run(tmp_path):
     (tmp_path / "config.json").write_text(
         '{"model_type": "llama", "auto_map": {"AutoModel": "modeling_shrunk.Own"}}'
     )
-    assert 'from_pretrained("us/tiny", trust_remote_code=True)' in text_after(
-        tmp_path, name="us/tiny"
-    )
+    assert f'from_pretrained("{tmp_path}", trust_remote_code=True)' in text_after(tmp_path)
 
 
 def test_a_model_of_no_known_library_has_a_card_without_code(tmp_path):
@@ -221,13 +214,11 @@ def test_results_on_data_sets_of_the_hub_are_in_its_format(tiny):
     ]
 
 
-def test_a_result_names_any_data_set_of_the_hub_and_its_card(tmp_path):
+def test_a_result_names_any_data_set_of_the_hub(tmp_path):
     run = replace(RUN, data="us/news, 3 windows", date="", zero_shot={})
-    write_card(tmp_path, replace(pruned_llama()[1], run=run), name="us/tiny", on_hub=True)
+    write_card(tmp_path, replace(pruned_llama()[1], run=run))
     result = EvalResultEntry("us/news", "default", 16.25, notes="perplexity, 3 windows")
-    assert results_for_hub(tmp_path) == [
-        replace(result, source_url="https://huggingface.co/us/tiny")
-    ]
+    assert results_for_hub(tmp_path) == [result]
 
 
 @pytest.mark.parametrize("data", ["python-docs", "mine/own.txt", "c4 of top-1"])
@@ -235,7 +226,7 @@ def test_other_data_have_results_in_the_card_only(tmp_path, data):
     data, _, metric = data.partition(" of ")
     run = replace(RUN, metric=metric or RUN.metric, data=data)
     report = replace(pruned_llama()[1], run=run, config={"command": {"tasks_dir": not metric}})
-    write_card(tmp_path, report, name=tmp_path)
+    write_card(tmp_path, report)
     assert len(ModelCard.load(tmp_path / "README.md").data.eval_results) == 2
     assert results_for_hub(tmp_path) == []
 

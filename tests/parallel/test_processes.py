@@ -232,10 +232,10 @@ def test_masks_with_fisher_are_those_of_one_process(pair, samples):
     assert torch.cat([each.flatten() for each in differ]).float().mean() <= 1e-3
 
 
-@pytest.mark.parametrize(("cost", "shares"), [("macs", ((), (0, 1))), ("seconds", None)])
-def test_one_process_measures_what_units_cost(pair, cost, shares):
+@pytest.mark.parametrize("shares", [((), (0, 1)), None])
+def test_one_process_measures_what_units_cost(pair, shares):
     (first, report), (second, other) = pair.run(
-        cases.replicated, "llama", shares, pattern="structured", allocation=Fisher(cost=cost)
+        cases.replicated, "llama", shares, pattern="structured", allocation="fisher_seconds"
     )
     assert_same(first, second)
     assert report.config["unit_costs"] == other.config["unit_costs"]

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import yaml
 from support.cli import IGNORED_WARNINGS
-from support.hub import hub as hub
 from support.recipes import RECIPES, in_this_process, script
 
 from wanda_lightning import PruningReport
@@ -22,7 +21,7 @@ options: {nsamples: 2, seqlen: 32, limit: 3, calibration: INPUTS/long.txt, evalu
 models:
   half: {model: INPUTS/llama, method: magnitude, stream: true}
   second: {model: INPUTS/llama, pattern: 5:10}
-  pairs: {model: INPUTS/llama, pattern: 2:4, skip: [lm_head, "*.q_proj"], push_to_hub: us/pairs}
+  pairs: {model: INPUTS/llama, pattern: 2:4, skip: [lm_head, "*.q_proj"]}
 """
 
 
@@ -110,26 +109,12 @@ def test_a_finished_model_is_replaced_only_if_that_is_asked_for(run, launched, c
         ("sparsity", "2", "second: sparsity (0.02 for 2 %) must be"),
         ("patern", "2:4", "second: Unknown option"),
         ("save", "here", "second: save must be left out"),
-        ("private", "yes", "second: private must be true or false, but it is 'yes'"),
-        ("push_to_hub", "us/pairs", "pairs: another model has the same push_to_hub"),
     ],
 )
 def test_a_wrong_entry_is_named_before_anything_runs(run, launched, capsys, option, value, message):
     assert run({option: value}) == 1
     assert f"error: {message}" in capsys.readouterr().err
     assert launched == []
-
-
-def test_an_upload_that_failed_is_repeated_without_pruning_again(run, launched, hub):
-    hub.refused = "us/pairs"
-    assert run(PAIRS, "--upload") == 1
-    hub.refused = ""
-    for _ in range(2):
-        requests = len(hub.requests)
-        assert run(PAIRS, "--upload") == 0
-    assert len(hub.requests) == requests  # nothing is uploaded twice
-    assert launched == ["half", "second", "pairs"]
-    assert b'from_pretrained("us/pairs")' in hub.repositories["us/pairs"]["README.md"]
 
 
 def test_the_example_is_a_collection():

@@ -39,7 +39,7 @@ def page(report, tmp_path_factory):
 @pytest.mark.parametrize(
     "sentence",
     [
-        "Pruned with SparseGPT (unstructured, Fisher, Distil) in 1 min 36 s: 43.07% of the weights",
+        "Pruned with SparseGPT (unstructured, Fisher, Distill) in 1 min 36 s: 43.07% of the weights",
         "Perplexity on sklearn-docs (24 windows of 512 tokens) rose from 16.06 to 18.93.",
         "Perplexity on python-docs (32 windows of 512 tokens) rose from 12.95 to 14.72.",
         "Same top prediction 71.23% ± 0.42, compared with the dense model",

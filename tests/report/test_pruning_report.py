@@ -135,17 +135,3 @@ def test_the_suffix_decides_what_is_saved(tmp_path, undrawn, path, file):
     written = report.save(tmp_path / path)
     assert written == tmp_path / file
     assert written.read_text() == contents[written.suffix.lower()]
-
-
-@pytest.mark.parametrize(
-    ("old", "file", "content"),
-    [
-        ("to_html", "a.htm", "a page"),
-        ("to_png", "a.picture", "a picture"),
-        ("write", "a.html", "a page"),
-    ],
-)
-def test_an_old_name_of_save_still_works_and_warns(tmp_path, undrawn, old, file, content):
-    with pytest.warns(FutureWarning, match=rf"^PruningReport\.{old}\(path\) .* use save\(path\)"):
-        getattr(small(), old)(tmp_path / file)
-    assert (tmp_path / file).read_text() == content

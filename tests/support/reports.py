@@ -36,7 +36,7 @@ CONFIG = {
     "pattern": {"name": "Unstructured", "group": "layer", "weigh_rows": True},
     "allocation": {"name": "Fisher", "max_deviation": 0.15, "num_samples": 16},
     "solver": {"name": "SparseGPT", "block_size": 128},
-    "recovery": {"name": "Distil", "epochs": 3},
+    "recovery": {"name": "Distill", "epochs": 3},
     "permutation": {"name": "NoPermutation"},
     "allocation_limits": [0.35, 0.65],
     "unit_costs": {"mlp.down_proj": 0.00123456},
@@ -66,7 +66,7 @@ def llama_report(blocks=30):
         seconds={"prepare": 0.5, "prune": 95.0},
         config=CONFIG,
         notes=("an <escaped> note & a second half",),
-        training=Training("Distil(epochs=3)", 28, 4, passes),
+        training=Training("Distill(epochs=3)", 28, 4, passes),
         run=Circumstances(
             command="wanda-lightning prune --model smollm2 --prune_method thorough --nsamples 32",
             model="smollm2",

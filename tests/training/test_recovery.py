@@ -8,8 +8,7 @@ from support.recoveries import IntoItsDtype, blocks, pruned_with_and_without, so
 from support.zoo import batches_of, model_of
 from torch import nn
 
-import wanda_lightning as wl
-from wanda_lightning import Distill, PruningConfig, Reconstruct
+from wanda_lightning import Distill, Reconstruct
 from wanda_lightning.models import find_layers
 
 RECOVERIES = {"distill": Distill(passes=1), "reconstruct": Reconstruct()}
@@ -94,11 +93,3 @@ def test_a_model_runs_in_bfloat16_if_it_can(monkeypatch, recovery, last, dtype):
         assert losses[-1].held_out < losses[0].held_out
     else:
         assert all(layer.part.after < layer.part.before for layer in report.layers)
-
-
-def test_the_name_of_version_0_3_is_accepted():
-    """In Python, as a class, and where a file names the class."""
-    named = PruningConfig.from_names(recovery="distil")
-    assert named == PruningConfig.from_names(recovery="distill")
-    assert named.shown("recovery") == "recovery='distill'"
-    assert wl.Distil is wl.training.Distil is Distill

@@ -1,6 +1,5 @@
 """The callback that prunes a model inside Lightning's loops."""
 
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -64,7 +63,6 @@ class PruningCallback(ZerosCallback):
             and prunes when the loop ends. In `fit`, this is the first loop after the step of the schedule;
             `trainer.validate` evaluates the dense model first. `sequential` is then `"none"` by default, the only value
             that this supports. Whole batches are used until they have `num_samples` samples.
-        report: The former name of `report_page`, which the next minor release removes.
         **choices: The other arguments of `PruningConfig.from_names`: `method`, `criterion`, `pattern`, `allocation`,
             `solver`, `recovery`, `permutation`, `sequential`, `skip`, `only`, `keep_batch_norm`.
 
@@ -91,7 +89,6 @@ class PruningCallback(ZerosCallback):
         at_step: int = 0,
         schedule: Schedule | None = None,
         calibrate_on: Literal["calibration", "validation"] = "calibration",
-        report: StrPath | None = None,
         **choices: Unpack[PruningChoices],
     ) -> None:
         super().__init__()
@@ -112,9 +109,6 @@ class PruningCallback(ZerosCallback):
         conflicts.check_options(self.config, self.schedule, calibrate_on, dataloader)
         checks.check_at_least(1, num_samples=num_samples)
 
-        if report is not None:
-            warnings.warn("report is now called report_page.", FutureWarning, stacklevel=2)
-            report_page = report
         if report_page is not None:
             checks.check_report_path(report_page, "report_page")
 

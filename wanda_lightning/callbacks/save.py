@@ -24,7 +24,6 @@ from wanda_lightning.common.atomic_write import atomic_write, require_writable, 
 from wanda_lightning.common.checks import check_flags
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.hub.card import write_card
-from wanda_lightning.hub.upload import list_files, refuse_upload, upload
 from wanda_lightning.models import count_parameters
 from wanda_lightning.report import PruningReport
 from wanda_lightning.training.held_zeros import zeros_of
@@ -95,15 +94,12 @@ class SavePretrained(Callback):
     Args:
         folder: Where to save.
         overwrite: Replace a model that is already in the folder.
-        push_to_hub: OWNER/NAME of a repository on the Hugging Face hub, to which the saved files are uploaded.
-        private: Make the repository private if it is new, and refuse a public one.
         shrink: Leave out hidden units that are zero on both sides, as after `pattern="structured"`; with a warning if
             the module cannot.
 
     Raises:
         FileExistsError: When training starts, if the folder is not empty and `overwrite` is false.
-        ValueError: When training starts, if nothing can be uploaded to `push_to_hub`, for example without a token.
-        OSError: If saving or the upload fails. After the latter, the message names the command that uploads the folder.
+        OSError: If saving fails.
         MisconfigurationException: When training starts, if the module has no `save_pretrained`, or if no process holds
             the whole model.
     """
@@ -112,16 +108,12 @@ class SavePretrained(Callback):
         self,
         folder: StrPath,
         overwrite: bool = False,
-        push_to_hub: str | None = None,
-        private: bool = False,
         shrink: bool = False,
     ) -> None:
-        check_flags(overwrite=overwrite, private=private, shrink=shrink)
+        check_flags(overwrite=overwrite, shrink=shrink)
         self.folder = folder
         self.overwrite = overwrite
         self.shrink = shrink
-        self.push_to_hub = push_to_hub
-        self.private = private
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a folder that cannot be written, or a model that cannot be saved."""
@@ -142,8 +134,6 @@ class SavePretrained(Callback):
                 check_saving = getattr(pl_module, "check_saving", None)
                 if callable(check_saving):
                     check_saving()
-                if self.push_to_hub is not None:
-                    refuse_upload(self.push_to_hub, self.private)
                 require_writable(self.folder, self.overwrite)
 
     def _refuse_without_method(self, pl_module: LightningModule) -> None:
@@ -159,7 +149,7 @@ class SavePretrained(Callback):
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Merge the adapters in every process, and save and upload in the first, while the others wait."""
+        """Merge the adapters in every process, and save in the first, while the others wait."""
         if is_dry_run(trainer):
             return
         try:
@@ -167,11 +157,7 @@ class SavePretrained(Callback):
             if saved:
                 folder, is_shrunk = saved
                 self._write_card(folder, is_shrunk, trainer)
-                if self.push_to_hub is not None:
-                    files = list_files(folder)
-                    address = upload(folder, self.push_to_hub, files, self.private)
-                    rank_zero_info(f"SavePretrained: uploaded to {address}")
-        finally:  # also if the upload fails
+        finally:  # also if saving fails
             trainer.strategy.barrier("SavePretrained")
 
     def _merge_and_save(self, trainer: Trainer, pl_module: Any) -> tuple[Path, bool] | None:
@@ -232,13 +218,7 @@ class SavePretrained(Callback):
         report = _after_training(reports[-1], pruning_target(trainer.lightning_module))
         if is_shrunk:
             report = report.marked_as_shrunk()
-        write_card(
-            folder,
-            report,
-            name=self.push_to_hub or folder,
-            on_hub=self.push_to_hub is not None,
-            trained_steps=trainer.global_step,
-        )
+        write_card(folder, report, trained_steps=trainer.global_step)
 
 
 def _after_training(report: PruningReport, model: Module) -> PruningReport:

@@ -152,10 +152,8 @@ def _ignored(models: Model, values: Kwargs) -> Iterator[tuple[str, str]]:
         yield f"--pattern {pattern}", "use_variant prune_granularity"
     if not (values.get("tasks") or values.get("eval_zero_shot")):
         yield "a command without tasks", "tasks_dir task_limit num_fewshot apply_chat_template"
-    if not values.get("push_to_hub"):
-        yield "a command without --push_to_hub", "private"
     if not values.get("save_model"):
-        yield "a command without --save_model", "push_to_hub shrink stream"
+        yield "a command without --save_model", "shrink stream"
     if not pattern.startswith("structured"):
         yield f"--pattern {pattern}", "shrink"
     if values.get("stream"):
@@ -201,10 +199,9 @@ def _refuse_missing(models: Model, values: Kwargs) -> None:
 
 
 def _refuse_places(models: Model, values: Kwargs) -> None:
-    """Refuse files, folders and repositories that cannot be written or must not be replaced."""
+    """Refuse files and folders that cannot be written or must not be replaced."""
     from wanda_lightning.common.atomic_write import require_writable, resolve_path
     from wanda_lightning.common.checks import check_report_path
-    from wanda_lightning.hub.upload import refuse_upload
 
     overwrite = values.get("overwrite", False)
     stream = values.get("stream", False)
@@ -227,7 +224,3 @@ def _refuse_places(models: Model, values: Kwargs) -> None:
             raise UserError(
                 f"--save_model {folder} would replace --model {model}. Choose another folder."
             )
-
-    repository = values.get("push_to_hub")
-    if repository:
-        refuse_upload(repository, values["private"])

@@ -6,13 +6,10 @@ from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
-import torch
-
 from wanda_lightning.cli.measure import logged_results, measure
 from wanda_lightning.cli.model_and_data import data_for, load
 from wanda_lightning.cli.options import File, Measurements, Models, values_of
 from wanda_lightning.cli.printing import print_line, print_table
-from wanda_lightning.cli.sample_text import measure_loops
 from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import load_config, load_tokenizer
@@ -155,13 +152,6 @@ def _measure_one(
         for number, values in enumerate(measured.values()):
             values |= dense.agreement.metrics(number)
         results |= measured
-        if isinstance(prepared.data, TextDataModule):
-            # At its end, the Trainer moves the model to the CPU.
-            module.to(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-            windows = prepared.data.windows_of(prepared.data.evaluations[0])
-            loops = measure_loops(module.model, module.tokenizer, windows)
-            if loops:
-                results["continuations"] = loops
     if tasks:
         accuracies, answers = answer(
             module.model,

@@ -19,7 +19,7 @@ from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.checks import SEED
 from wanda_lightning.common.model_source import ModelSource, is_embedding_model
 from wanda_lightning.common.wording import one_line
-from wanda_lightning.config import NAMES, OLD_NAMES, PruningConfig, check_pattern
+from wanda_lightning.config import NAMES, PruningConfig, check_pattern
 
 
 def split_names(type_: Any, tokens: Iterable[Any]) -> tuple[str, ...]:
@@ -239,8 +239,7 @@ def _choices() -> Any:
             help += f" One of {', '.join(NAMES[name])}, or another N:M."
             check = _known_pattern
         elif name in NAMES:
-            old_names = [old for old, new in OLD_NAMES.items() if new in NAMES[name]]
-            hint = Optional[Literal[(*NAMES[name], *old_names)]]  # noqa: UP045  # `|` does not take a Literal of a tuple
+            hint = Optional[Literal[tuple(NAMES[name])]]  # noqa: UP045  # `|` does not take a Literal of a tuple
         elif isinstance(argument.default, tuple):
             hint = _Names
         parameter = Parameter(help=help, alias=_ALIASES.get(name), validator=check)
@@ -363,10 +362,6 @@ class Folder:
     """Folder for the new model."""
     stream: bool = False
     """Read a language model block by block from disk, and write each block; an interrupted prune continues."""
-    push_to_hub: str | None = None
-    """OWNER/NAME of a repository on the Hugging Face hub, to which the saved model is uploaded."""
-    private: bool = False
-    """Make the repository of --push_to_hub private if it is new, and refuse a public one."""
     overwrite: bool = False
     """Replace a --save_model folder with everything in it, and a --report; add to a --save folder."""
 

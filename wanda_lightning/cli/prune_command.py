@@ -22,7 +22,7 @@ from wanda_lightning.cli.model_and_data import AnyData, data_for, load
 from wanda_lightning.cli.options import PruneOptions, Results, as_command, values_of
 from wanda_lightning.cli.printing import print_line, print_table
 from wanda_lightning.cli.sample_text import PROMPTS, continuations, measure_loops
-from wanda_lightning.cli.saving import upload_saved, write_results
+from wanda_lightning.cli.saving import write_results
 from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.atomic_write import require_writable, resolve_path
 from wanda_lightning.common.errors import UserError
@@ -47,7 +47,6 @@ from wanda_lightning.report.descriptions import (
     agreement_in_a_sentence,
     change_of,
     cost_of,
-    loops_of,
 )
 from wanda_lightning.streaming import shrink_from_disk
 from wanda_lightning.streaming.checkpoint import Checkpoint
@@ -103,7 +102,7 @@ def prune(config: PruningConfig, options: PruneOptions) -> None:
         report, sentence = _save(done, results)
         run = _circumstances(done, config, options)
         described = {**report.config, "command": _given_values(options)}
-        report, files = write_results(replace(report, run=run, config=described), options)
+        report = write_results(replace(report, run=run, config=described), options)
         if tasks:
             # They take hours for a large model, so everything is saved before, too.
             _answer(done.module, tasks, done.data, done.pruned)
@@ -111,7 +110,7 @@ def prune(config: PruningConfig, options: PruneOptions) -> None:
             for name, shares in flips(done.dense.answers, done.pruned.answers).items():
                 accuracies[name] |= shares
             run = replace(run, zero_shot=accuracies, dense_zero_shot=done.dense.accuracies)
-            report, _ = write_results(replace(report, run=run), options)
+            report = write_results(replace(report, run=run), options)
 
     for line in _summary(report, run, sentence, results):
         print_line(line)
@@ -119,7 +118,6 @@ def prune(config: PruningConfig, options: PruneOptions) -> None:
         name = options.model.model
         both = {name: done.dense.accuracies, f"{name}, pruned": accuracies}
         print_table(Evaluation(both, dense=name).table())
-    upload_saved(results, files)
 
 
 def _answer(module: Any, tasks: Kwargs, data: Any, measured: _Measurement) -> None:
@@ -168,9 +166,8 @@ def _prune_in_memory(
         if data.evaluation:
             measured.metrics.update(measure(module, source, agreement, is_dense))
         module.to(device)  # at its end, the Trainer moves the model to the CPU
-        # Generation is slow, so it runs only if the model or a page is saved.
-        writes_text = results.report or results.save_model
-        if writes_text and data.evaluation and isinstance(source, TextDataModule):
+        # Generation is slow, so it runs only for a page.
+        if results.report and data.evaluation and isinstance(source, TextDataModule):
             windows = source.windows_of(source.evaluations[0])
             measured.loops = measure_loops(module.model, module.tokenizer, windows)
         if results.report and model.is_language:
@@ -377,13 +374,8 @@ def _loops(done: _Pruned) -> Measured | None:
     after = done.pruned.loops
     if not before or not after:
         return None
-    return Measured(
-        data=f"{after['prompts']} continuations",
-        before=before["in_a_loop"],
-        after=after["in_a_loop"],
-        before_error=before.get("in_a_loop_stderr"),
-        after_error=after.get("in_a_loop_stderr"),
-    )
+    data = f"{after['prompts']} continuations"
+    return Measured(data, before["in_a_loop"], after["in_a_loop"])
 
 
 def _costs(done: _Pruned, folder: str | None) -> tuple[Measured, ...]:
@@ -410,8 +402,6 @@ def _summary(
         sentence = agreement_in_a_sentence(result)
         if sentence:
             yield sentence
-    if run.loops:
-        yield loops_of(run.loops)
     for cost in run.costs:
         yield cost_of(cost)
     for note in report.notes:

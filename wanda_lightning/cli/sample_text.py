@@ -9,7 +9,7 @@ from torch import Tensor
 
 from wanda_lightning.common.evaluation_mode import evaluating
 from wanda_lightning.common.wording import one_line
-from wanda_lightning.evaluation.results import Metrics, share_error
+from wanda_lightning.evaluation.results import Metrics
 
 PROMPTS = ("The capital of France is", "To make a good cup of tea, first", "def is_prime(n):")
 _NEW_TOKENS = 40
@@ -55,7 +55,7 @@ def continuation(model: Any, tokenizer: Any, prompt: str) -> str:
 
 
 def measure_loops(model: Any, tokenizer: Any, windows: Tensor) -> Metrics:
-    """Return the share of continuations that end in a loop, its standard error, and the number of prompts.
+    """Return the share of continuations that end in a loop, and the number of prompts.
 
     The prompts are the first 32 tokens of at most 32 windows, and the continuations the 64 most likely tokens. A
     continuation that ends by itself is no loop. Warn, and return nothing, if the model cannot generate text.
@@ -67,9 +67,7 @@ def measure_loops(model: Any, tokenizer: Any, windows: Tensor) -> Metrics:
         ends = {*ends} if isinstance(ends, list) else {ends}
         rows = _most_likely(model, tokenizer, prompts, _LOOP_NEW_TOKENS)
         loops = [row for row in rows if ends.isdisjoint(row) and ends_in_a_loop(row)]
-        share = len(loops) / len(rows)
-        error = share_error("in_a_loop", share, len(rows))
-        return {"in_a_loop": share, **error, "prompts": len(rows)}
+        return {"in_a_loop": len(loops) / len(rows), "prompts": len(rows)}
 
     return _generated(model, count, {}, "loops are not counted")
 

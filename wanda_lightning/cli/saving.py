@@ -1,40 +1,36 @@
-"""Write the results of a run beside the saved model, and upload the model."""
+"""Write the results of a run beside the saved model."""
 
 from dataclasses import replace
 from pathlib import Path
 
-from wanda_lightning.cli.options import Folder, PruneOptions
-from wanda_lightning.cli.printing import print_line
+from wanda_lightning.cli.options import PruneOptions
 from wanda_lightning.common.atomic_write import write_text
 from wanda_lightning.common.wording import one_line
 from wanda_lightning.hub.card import write_card
-from wanda_lightning.hub.upload import list_files, upload
 from wanda_lightning.report import PruningReport
 from wanda_lightning.report.descriptions import METRICS
 
 
-def write_results(report: PruningReport, options: PruneOptions) -> tuple[PruningReport, list[str]]:
+def write_results(report: PruningReport, options: PruneOptions) -> PruningReport:
     """Write the card of the model and the results.
 
-    Return the report, with a note if the card could not be written, and the files of the model.
+    Return the report, with a note if the card could not be written.
     """
     results = options.results
-    files = []
     if results.save_model is not None:
-        report = _write_card(report, results.save_model, results.push_to_hub)
-        files = list_files(results.save_model)  # before others are written among them
+        report = _write_card(report, results.save_model)
     if results.save is not None:
         folder = Path(results.save).expanduser()
         report.save(folder)
         _write_log(report, folder, options.pruning.name)
     if results.report is not None:
         report.save(results.report)
-    return report, files
+    return report
 
 
-def _write_card(report: PruningReport, folder: str, hub_id: str | None) -> PruningReport:
+def _write_card(report: PruningReport, folder: str) -> PruningReport:
     try:
-        write_card(folder, report, name=hub_id or folder, on_hub=hub_id is not None)
+        write_card(folder, report)
     except Exception as error:  # the saved model and the results matter more
         note = f"no model card could be written into {folder}: {one_line(error)}"
         return replace(report, notes=(*report.notes, note))
@@ -51,11 +47,3 @@ def _write_log(report: PruningReport, folder: Path, method: str) -> None:
             columns[name] = str(value) if name == "predictions" else f"{value:.6g}"
     lines = ("\t".join(columns), "\t".join(columns.values()))
     write_text(folder / f"log_{method}.txt", "".join(f"{line}\n" for line in lines))
-
-
-def upload_saved(results: Folder, files: list[str]) -> None:
-    """Upload files of the saved model if a repository is given. Call it last, since it may fail."""
-    folder = results.save_model
-    if folder is not None and results.push_to_hub is not None:
-        address = upload(folder, results.push_to_hub, files, results.private)
-        print_line(f"Uploaded {folder} to {address}.")

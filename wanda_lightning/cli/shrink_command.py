@@ -3,8 +3,6 @@
 from wanda_lightning.cli.model_and_data import load
 from wanda_lightning.cli.options import Folder, Model
 from wanda_lightning.cli.printing import print_line
-from wanda_lightning.cli.saving import upload_saved
-from wanda_lightning.hub.upload import list_files
 from wanda_lightning.streaming import shrink_from_disk
 from wanda_lightning.units.shrink import shrink as shrink_in_memory
 
@@ -28,4 +26,3 @@ def shrink(model: Model, results: Folder) -> None:
         module = load(model, model.model)
         shrunk = module.save_pretrained(folder, results.overwrite, shrink=True)
     print_line(f"{shrunk}\nThe model is in {folder}.")
-    upload_saved(results, list_files(folder))

@@ -22,13 +22,7 @@ Metrics = dict[str, float]
 Results = dict[str, Metrics]
 """Metrics by text, task or data set."""
 
-_COUNTS = (
-    "windows",
-    "documents",
-    "images",
-    "pairs",
-    "prompts",
-)  # metrics that are the number of samples
+_COUNTS = ("windows", "documents", "images", "pairs")  # metrics that are the number of samples
 _PREDICTIONS = "predictions"  # the number that stands beside `AGREEMENT_METRICS`
 _ERROR = "_stderr"  # suffix of a metric's standard error
 # Metrics that may be below 1, but are no fractions.
@@ -37,7 +31,6 @@ _NO_SHARES = ("perplexity", "spearman", "bits_per_byte")
 _WORDS = {
     "layers": "of prunable layers",
     "model": "of the model",
-    "in_a_loop": "that end in a loop",
     "right_to_wrong": "right to wrong",
     "wrong_to_right": "wrong to right",
 }

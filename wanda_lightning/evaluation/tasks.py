@@ -252,33 +252,22 @@ def _check_answers(task: Any, path: Path) -> None:
             )
 
 
-def zero_shot(
+def answer(
     model: Any,
     tokenizer: Any,
     tasks: Mapping[str, Any],
     batch_size: int = 4,
     limit: int | None = None,
-) -> Results:
+    apply_chat_template: bool = False,
+) -> tuple[Results, Answers]:
     """Evaluate a language model on tasks from `load_tasks`.
 
     The model runs on the accelerator if there is one, on `batch_size` choices at a time, and is moved back to its
     device afterward. Only the first `limit` documents of each task are used. Return for each task the metrics of
     lm-eval, such as `acc` and `acc_norm` (log-likelihoods divided by the lengths of the choices), their standard
     errors, and the number of documents; with several tasks that all have `acc`, also `mean`: the mean of `acc` and its
-    standard error, as in the paper.
+    standard error, as in the paper. Also return whether the answer to each document was right.
     """
-    return answer(model, tokenizer, tasks, batch_size, limit)[0]
-
-
-def answer(
-    model: Any,
-    tokenizer: Any,
-    tasks: Mapping[str, Any],
-    batch_size: int,
-    limit: int | None = None,
-    apply_chat_template: bool = False,
-) -> tuple[Results, Answers]:
-    """Return the metrics of `zero_shot`, and whether the answer to each document was right."""
     if not tasks:
         return {}, {}
     single, groups = _split(tasks)

@@ -1,1 +1,1 @@
-"""Model cards, and uploads to the Hugging Face hub."""
+"""Model cards, and results in the format of the Hugging Face hub."""

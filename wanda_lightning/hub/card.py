@@ -13,7 +13,6 @@ from typing import Any
 from wanda_lightning.common import wording
 from wanda_lightning.common.aliases import StrPath
 from wanda_lightning.common.atomic_write import write_text
-from wanda_lightning.hub.upload import RESULT_FILES
 from wanda_lightning.report import Circumstances, PruningReport, descriptions
 from wanda_lightning.report.descriptions import METRICS, PERPLEXITY, TOP1
 from wanda_lightning.report.records import as_json, from_parsed
@@ -38,29 +37,22 @@ _DATA_SETS = {
 }
 
 
-def write_card(
-    folder: StrPath,
-    report: PruningReport,
-    *,
-    name: StrPath,
-    on_hub: bool = False,
-    trained_steps: int = 0,
-) -> None:
+def write_card(folder: StrPath, report: PruningReport, *, trained_steps: int = 0) -> None:
     """Write the model card, and a picture if matplotlib is installed, into the folder of a saved model.
 
     Results on data sets of the hub are also written in the hub's own format, into `.eval_results`. Beside a README.md
-    that this function did not write, nothing is written. Folders of this machine are left out. The model is loaded by
-    `name`, a path or an id on the hub. `trained_steps` is the number of optimizer steps of the run that pruned the
+    that this function did not write, nothing is written. Folders of this machine are left out, except in its code,
+    which loads the model from `folder`. `trained_steps` is the number of optimizer steps of the run that pruned the
     model.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
+    name = os.fspath(folder)
     folder = Path(folder).expanduser()
     path = folder / "README.md"
     if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return
 
-    name = os.fspath(name)
     title = Path(name).name
     full_run = report.run or Circumstances()
     run = _without_folders(full_run)
@@ -99,7 +91,6 @@ def write_card(
         loader=loader,
         has_own_code="auto_map" in config,
         name=name,
-        on_hub=on_hub,
         report=report,
         run=run,
         trained_steps=trained_steps,
@@ -114,11 +105,10 @@ def write_card(
     if run.metric == TOP1.name or report.config.get("command", {}).get("tasks_dir"):
         # Images and the documents of these tasks are files, which may differ from any data set on the hub.
         results = [result for result in results if result.metric_type == PERPLEXITY.on_hub]
-    source = f"https://huggingface.co/{name}" if on_hub else None
-    _write_for_hub(folder, results, run.date, source)
+    _write_for_hub(folder, results, run.date)
 
 
-def _write_for_hub(folder: Path, results: Sequence[Any], date: str, source: str | None) -> None:
+def _write_for_hub(folder: Path, results: Sequence[Any], date: str) -> None:
     """Write a file for each result on a data set of the hub. The format has no place for results on other data.
 
     It asks for the name of a task, which only the hub's benchmarks have. Here, it is the configuration of the data set.
@@ -139,11 +129,11 @@ def _write_for_hub(folder: Path, results: Sequence[Any], date: str, source: str 
             task,
             result.metric_value,
             date=date or None,
-            source_url=source,
             notes=f"{result.metric_type}{setup}",
         )
         # A file with an error is left out as a whole, so each result has its own.
-        path = folder / RESULT_FILES.replace("*", data.replace("/", "_"))
+        name = data.replace("/", "_")
+        path = folder / ".eval_results" / f"wanda_lightning_{name}.yaml"
         content = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
         write_text(path, content)
 
@@ -182,12 +172,6 @@ def _results(run: Circumstances) -> tuple[list[tuple[str, str, str]], list[Any]]
             metadata.append(
                 EvalResult(metric.task, kind, data, metric.on_hub, after, metric_name=metric.name)
             )
-
-    if run.loops:
-        loops = run.loops
-        before = TOP1.text(loops.before, loops.before_error)
-        name = f"Continuations that end in a loop ({loops.data})"
-        rows.append((name, before, TOP1.text(loops.after, loops.after_error)))
 
     for task, scores in run.zero_shot.items():
         dense_scores = run.dense_zero_shot.get(task, {})

@@ -195,12 +195,6 @@ def cost_of(result: Measured) -> str:
     return f"{result.data[0].upper()}{result.data[1:]}: {result.after:,.1f} (dense: {result.before:,.1f})."
 
 
-def loops_of(result: Measured) -> str:
-    """Return a sentence on the continuations that end in a loop."""
-    dense = TOP1.text(result.before, result.before_error)
-    return f"{TOP1.text(result.after, result.after_error)} of {result.data} end in a loop (dense: {dense})."
-
-
 def limits_of(report: ReportData) -> str:
     """Return a sentence on the layers at which the allocation has reached its limits; empty if there are none."""
     if "allocation_limits" not in report.config:

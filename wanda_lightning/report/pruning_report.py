@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +16,6 @@ from rich.table import Table
 from wanda_lightning.common import wording
 from wanda_lightning.common.aliases import StrPath
 from wanda_lightning.common.atomic_write import atomic_write
-from wanda_lightning.common.checks import check_report_path
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.grouping import grouped
 from wanda_lightning.models import SkippedMatrix
@@ -113,33 +111,7 @@ class PruningReport(ReportData):
         if suffix not in (".json", ".html", ".png") or file.is_dir():
             file = file / REPORT_NAME
             suffix = ".json"
-        self._write(file, suffix)
-        return file
 
-    def to_html(self, path: StrPath) -> None:
-        """Write the page: the old name of `save`, for a path with any suffix."""
-        self._warn_of_old_name("to_html(path)")
-        self._write(Path(path), ".html")
-
-    def to_png(self, path: StrPath) -> None:
-        """Write the figures of the page: the old name of `save`, for a path with any suffix."""
-        self._warn_of_old_name("to_png(path)")
-        self._write(Path(path), ".png")
-
-    def write(self, path: StrPath) -> None:
-        """Write the page or the picture: the old name of `save`, which refuses other suffixes."""
-        self._warn_of_old_name("write(path)")
-        check_report_path(path)
-        self.save(path)
-
-    def _warn_of_old_name(self, call: str) -> None:
-        warnings.warn(
-            f"PruningReport.{call} will be removed: use save(path), which decides by the suffix.",
-            FutureWarning,
-            stacklevel=3,
-        )
-
-    def _write(self, file: Path, suffix: str) -> None:
         if suffix == ".html":
             content = self._page().encode()
         elif suffix == ".png":
@@ -148,6 +120,7 @@ class PruningReport(ReportData):
             content = self.to_json().encode()
         with atomic_write(file) as temporary:
             temporary.write_bytes(content)
+        return file
 
     def _page(self) -> str:
         from jinja2 import Environment, PackageLoader, StrictUndefined

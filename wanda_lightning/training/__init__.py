@@ -9,5 +9,3 @@ from wanda_lightning.training.recovery import (
     NoRecovery as NoRecovery,
     Recovery as Recovery,
 )
-
-Distil = Distill  # its name until version 0.3

@@ -58,9 +58,9 @@ class Fisher(Allocation):
             None for all.
         num_predictions: Take more samples, if there are any, until they have this many predictions: a window of text
             has one for each token, an image a single one.
-        cost: What a hidden unit costs: the same for all (`"units"`), its `"parameters"`, its multiply-adds (`"macs"`),
-            or `"seconds"`, its part of the measured time that its block takes for a calibration batch. `"seconds"` may
-            give other masks on another machine, or in a second run.
+        cost: What a hidden unit costs: the same for all (`"units"`), or its part of the measured time that its block
+            takes for a calibration batch (`"seconds"`), which may give other masks on another machine, or in a second
+            run.
     """
 
     reads_gradients = True
@@ -68,14 +68,14 @@ class Fisher(Allocation):
     max_deviation: float = 0.15
     num_samples: int | None = None
     num_predictions: int = 0
-    cost: Literal["units", "parameters", "macs", "seconds"] = "units"
+    cost: Literal["units", "seconds"] = "units"
 
     def __post_init__(self) -> None:
         check(
             self,
             max_deviation=Number(minimum=0, maximum=1),
             num_predictions=Number(minimum=0, whole=True),
-            cost=("units", "parameters", "macs", "seconds"),
+            cost=("units", "seconds"),
         )
         if self.num_samples is not None:
             check(self, num_samples=COUNT)
