@@ -203,7 +203,7 @@ def _find_passed(batch: _Batch, stops: Sequence[Stop], passed: Passed) -> None:
     ALBERT and looped models apply one block many times.
     """
     # The output of the model does not matter here, so neither do its errors.
-    with suppress(Exception):
+    with suppress(Exception, GreenletExit):  # the last stop may hold the output head
         while batch.call:
             batch.advance(batch.call.run())
             if batch.call is None or batch.call.stop in passed.again:
