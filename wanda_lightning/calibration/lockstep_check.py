@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from wanda_lightning.calibration.lockstep import lockstep
+from wanda_lightning.calibration.lockstep import lockstep, run_to_head
 from wanda_lightning.calibration.pruning_mode import patched
 from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.calibration.torch_internals import COMPILED_CALL
@@ -38,6 +38,17 @@ def may_keep_state(model: Module) -> bool:
         has_hooks(module) or type(module).__module__.partition(".")[0] not in _TESTED
         for module in model.modules()
     )
+
+
+def rehearse_samples(
+    model: Module, stops: Sequence[Stop], samples: Sequence[Sample], compares: bool
+) -> int:
+    """Run the first sample, or compare all with lockstep; return a stop as `differing_stop` does."""
+    if compares:
+        return differing_stop(stops, samples)
+    for sample in samples[:1]:
+        run_to_head(model, sample)
+    return len(stops)
 
 
 @torch.no_grad()

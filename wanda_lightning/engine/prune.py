@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from wanda_lightning.calibration.batches import BatchFunction
 from wanda_lightning.calibration.error_notes import note_on_error
 from wanda_lightning.calibration.gradients import check_predictions, gradient_statistics
-from wanda_lightning.calibration.lockstep import run_to_head
-from wanda_lightning.calibration.lockstep_check import differing_stop, may_keep_state
+from wanda_lightning.calibration.lockstep_check import may_keep_state, rehearse_samples
 from wanda_lightning.calibration.observer import (
     Observation,
     Observer,
@@ -23,7 +22,7 @@ from wanda_lightning.calibration.observer import (
     StopObserver,
 )
 from wanda_lightning.calibration.pruning_mode import pruning_mode
-from wanda_lightning.calibration.samples import Sample, Samples
+from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
@@ -251,9 +250,10 @@ def _rehearsed(run: Run) -> Run:
     batches = run.samples.in_memory()[:2]  # a process may have none
     with pruning_mode(plan.model), plan.processes.fail_together():
         try:
-            index = _rehearse(plan, [run.samples.first_of(batch) for batch in batches], keeps_state)
+            parts = [run.samples.first_of(batch) for batch in batches]
+            index = rehearse_samples(plan.model, plan.stops, parts, keeps_state)
         except Exception:  # perhaps these samples do not run alone
-            index = _rehearse(plan, batches, keeps_state)
+            index = rehearse_samples(plan.model, plan.stops, batches, keeps_state)
     index = plan.processes.all_reduce_min(index)
     if index == len(plan.stops):
         return run
@@ -270,15 +270,6 @@ def _rehearsed(run: Run) -> Run:
     one_pass = make_plan(replace(plan.config, sequential="none"), plan.model, plan.processes)
     fallback = f"sequential='none' replaced {plan.config.sequential!r}: {why}"
     return replace(run, plan=one_pass, fallback=fallback)
-
-
-def _rehearse(plan: Plan, samples: Sequence[Sample], keeps_state: bool) -> int:
-    """Run the samples, or the first; return the index of a stop that gets other inputs in lockstep, if there is one."""
-    if keeps_state:
-        return differing_stop(plan.stops, samples)
-    for sample in samples[:1]:
-        run_to_head(plan.model, sample)
-    return len(plan.stops)
 
 
 def _allocate(run: Run, removal: Removal) -> Run:
