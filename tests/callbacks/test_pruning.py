@@ -354,7 +354,8 @@ class Interrupting(Net):
     """Ctrl-C, while a batch is in the second layer."""
 
     def forward(self, x):
-        if self.trainer.validating:
+        # The first passes run alone, before those that wait for each other.
+        if self.trainer.validating and isinstance(getcurrent(), greenlet) and getcurrent().parent:
             assert isinstance(getcurrent().parent, greenlet)
             assert threading.current_thread() is threading.main_thread()
             os.kill(os.getpid(), signal.SIGINT)

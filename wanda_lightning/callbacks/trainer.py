@@ -18,7 +18,7 @@ from wanda_lightning.report import PruningReport
 
 def require_lightning(trainer: object) -> None:
     """Refuse a Trainer of `pytorch_lightning`, whose classes have the same names, but are others."""
-    if not isinstance(trainer, Trainer):
+    if type(trainer).__module__.startswith("pytorch_lightning."):
         raise UserError(
             "The callbacks of wanda_lightning need a Trainer of lightning, but this one is of pytorch_lightning. Write "
             "`import lightning.pytorch as pl` instead of `import pytorch_lightning as pl`, also where modules and "
