@@ -34,7 +34,7 @@ def test_a_given_loader_is_divided(pair, num_samples):
     samples = cases.SAMPLES[:num_samples]
     assert_same([batches, others], [list(samples.split(3))[rank::2] for rank in (0, 1)])
     module = cases.Regression()
-    expected = prune(module, list(samples.split(3)))
+    expected = prune(module, list(samples.split(3)), sequential="none")
     assert_same(weights, other_weights)
     assert_same_weights(weights, dict(module.named_parameters()))
     assert_same_report(report, expected)

@@ -359,7 +359,7 @@ def fit(rank, num_samples, given, shuffle=False):
     module = Recording()
     torch.manual_seed(5 + rank)
     calibration = DataLoader(SAMPLES, batch_size=3, shuffle=shuffle) if given else None
-    callback = wl.WandaPrune(num_samples=num_samples, dataloader=calibration)
+    callback = wl.WandaPrune(num_samples=num_samples, dataloader=calibration, sequential="none")
     final = Final()
     trainer("ddp", callback, final).fit(
         module, DataLoader(SAMPLES, batch_size=2), DataLoader(SAMPLES)
