@@ -324,9 +324,10 @@ def test_hooks_may_keep_state_too(sequential, caplog):
     assert_runs_in_one_pass(build(), build(), caplog, sequential=sequential)
 
 
-def test_blocks_that_read_kept_state_are_not_trained():
+@pytest.mark.parametrize("sequential", ["none", "block"])
+def test_blocks_that_read_kept_state_are_not_trained(sequential):
     model = Net(*STATEFUL["attribute"])
-    message = refusal(model, batches(), recovery="reconstruct", sequential="block")
+    message = refusal(model, batches(), recovery="reconstruct", sequential=sequential)
     assert "blocks.1 gets other inputs than in a plain forward pass" in message
 
 

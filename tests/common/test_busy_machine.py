@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from wanda_lightning import ImageClassifierModule
 from wanda_lightning.common import busy_machine
 from wanda_lightning.common.busy_machine import OPENMP_WAITING, is_busy
 from wanda_lightning.common.progress import ProgressBar
@@ -33,6 +34,11 @@ def test_the_warning_names_the_variable_and_appears_once(busy, caplog):
     (record,) = caplog.records
     assert "the machine is busy: other programs use most of its cores" in record.message
     assert "Set OMP_WAIT_POLICY=passive before Python starts" in record.message
+
+
+def test_the_warning_comes_with_the_model_before_it_runs(busy, caplog):
+    ImageClassifierModule("test_vit", pretrained=False)
+    assert "the machine is busy" in caplog.text
 
 
 @pytest.mark.parametrize("name", sorted(OPENMP_WAITING))

@@ -17,13 +17,13 @@ from torch.nn import Module
 
 from wanda_lightning.calibration.lockstep import lockstep, run_to_head
 from wanda_lightning.calibration.pruning_mode import patched
-from wanda_lightning.calibration.samples import Sample
+from wanda_lightning.calibration.samples import Sample, Samples
 from wanda_lightning.calibration.torch_internals import COMPILED_CALL
 from wanda_lightning.calibration.trees import tensors_within
 from wanda_lightning.common.aliases import Forward
 from wanda_lightning.models import Stop, has_hooks
 
-# The tests prune every family of these libraries and compare the masks with those of plain passes.
+# Their models were all compared, see docs/design.md.
 _TESTED = {"torch", "transformers", "timm", "torchvision", "sentence_transformers"}
 
 _TOLERANCE = 1e-5  # relative: kernels that add in no fixed order may differ by rounding
@@ -41,14 +41,28 @@ def may_keep_state(model: Module) -> bool:
 
 
 def rehearse_samples(
-    model: Module, stops: Sequence[Stop], samples: Sequence[Sample], compares: bool
+    model: Module,
+    stops: Sequence[Stop],
+    samples: Samples,
+    batches: Sequence[Sample],
+    compares: bool,
 ) -> int:
-    """Run the first sample, or compare all with lockstep; return a stop as `differing_stop` does."""
-    if compares:
-        return differing_stop(stops, samples)
-    for sample in samples[:1]:
-        run_to_head(model, sample)
-    return len(stops)
+    """Run a sample of the first batch; or compare one of each batch with lockstep, and return as `differing_stop` does.
+
+    Batches whose samples do not run alone run whole.
+    """
+
+    def run(parts: Sequence[Sample]) -> int:
+        if compares:
+            return differing_stop(stops, parts)
+        for part in parts[:1]:
+            run_to_head(model, part)
+        return len(stops)
+
+    try:
+        return run([samples.first_of(batch) for batch in batches])
+    except Exception:  # the code of a model may raise anything
+        return run(batches)
 
 
 @torch.no_grad()
@@ -78,6 +92,14 @@ def differing_stop(stops: Sequence[Stop], samples: Sequence[Sample]) -> int:
         if not _are_equal(sums, together[place]):
             return place[1]
     return len(stops)
+
+
+def explain(stop: Stop) -> str:
+    """Say, in the middle of a sentence, why samples cannot wait for each other."""
+    return (
+        f"when batches wait for each other, {stop.name or 'the model'} gets other inputs than in a plain forward pass, "
+        "since the model keeps something of the batch that ran last"
+    )
 
 
 def _record(seen: list[Tensor], forward: Forward, *args: Any, **kwargs: Any) -> Any:

@@ -4,7 +4,6 @@ Neither torch nor a model library is imported before the options are known, so t
 """
 
 import os
-import re
 import sys
 import traceback
 import warnings
@@ -62,8 +61,8 @@ def parse(arguments: Sequence[str]) -> tuple[Callable[..., None], Kwargs]:
     except CycloptsError as error:
         error.verbose = False  # the message without the place in this package
         message = str(error)
-        if isinstance(error.__cause__, UserError):
-            message = re.sub(r"^Invalid value .* for (--\w+)\. ", r"\1: ", message)
+        if isinstance(error.__cause__, UserError) and error.argument:
+            message = f"{error.argument.name}: {error.__cause__}"
         elif message.endswith('%" into float.'):
             message += " Give a fraction, such as 0.5 for 50%."
         raise UserError(message) from error

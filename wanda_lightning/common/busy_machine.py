@@ -33,9 +33,11 @@ def is_busy(load: float, own_seconds: float) -> bool:
 
 @cache  # once in a process: OpenMP reads the variables only when it is loaded
 def _warn() -> None:
+    if not OPENMP_WAITING.isdisjoint(os.environ):
+        return
     import torch  # here, because the command reads `OPENMP_WAITING` before it imports torch
 
-    if OPENMP_WAITING.isdisjoint(os.environ) and torch.get_num_threads() > 1:
+    if torch.get_num_threads() > 1:
         log.warning(
             "the machine is busy: other programs use most of its cores. OpenMP's threads spin while they wait for each "
             "other, which makes a run several times slower beside other programs. Set OMP_WAIT_POLICY=passive before "

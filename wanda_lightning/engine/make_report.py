@@ -81,7 +81,7 @@ def _notes_on(run: Run, removal: Removal, dense: SkippedMatrices) -> list[Note]:
         removal.coverage(run.plan.inventory, dense),
     )
     return [
-        *([Note(run.fallback)] if run.fallback else []),
+        *_on_fallback(run),
         *_on_layers(run, removal, dense),
         *filter(None, on_coverage),
         *_on_targets(run),
@@ -90,6 +90,11 @@ def _notes_on(run: Run, removal: Removal, dense: SkippedMatrices) -> list[Note]:
         *_on_batch_norm(run),
         *_on_training(run),
     ]
+
+
+def _on_fallback(run: Run) -> Iterator[Note]:
+    if run.fallback:
+        yield Note(run.fallback)
 
 
 _LEFT_DENSE = (

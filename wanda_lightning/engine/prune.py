@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from wanda_lightning.calibration.batches import BatchFunction
 from wanda_lightning.calibration.error_notes import note_on_error
 from wanda_lightning.calibration.gradients import check_predictions, gradient_statistics
-from wanda_lightning.calibration.lockstep_check import may_keep_state, rehearse_samples
+from wanda_lightning.calibration.lockstep_check import explain, may_keep_state, rehearse_samples
 from wanda_lightning.calibration.observer import (
     Observation,
     Observer,
@@ -243,25 +243,19 @@ def _read_all_if_needed(run: Run) -> None:
 def _rehearsed(run: Run) -> Run:
     """Raise the errors of a sample before any weight changes, and plan for one pass where a lockstep would differ."""
     plan = run.plan
-    keeps_state = plan.config.sequential != "none" and may_keep_state(plan.model)
+    waits = plan.config.sequential != "none" or plan.config.recovery.trains_blocks
+    keeps_state = waits and may_keep_state(plan.model)
     if not plan.observed or not run.samples.can_try or (plan.runs_dense and not keeps_state):
         return run
 
     batches = run.samples.in_memory()[:2]  # a process may have none
     with pruning_mode(plan.model), plan.processes.fail_together():
-        try:
-            parts = [run.samples.first_of(batch) for batch in batches]
-            index = rehearse_samples(plan.model, plan.stops, parts, keeps_state)
-        except Exception:  # perhaps these samples do not run alone
-            index = rehearse_samples(plan.model, plan.stops, batches, keeps_state)
+        index = rehearse_samples(plan.model, plan.stops, run.samples, batches, keeps_state)
     index = plan.processes.all_reduce_min(index)
     if index == len(plan.stops):
         return run
 
-    why = (
-        f"when batches wait for each other, {plan.stops[index].name or 'the model'} gets other inputs than in a plain "
-        "forward pass, since the model keeps something of the batch that ran last"
-    )
+    why = explain(plan.stops[index])
     if plan.config.recovery.trains_blocks:
         raise UserError(
             f"recovery={plan.config.recovery} runs blocks on the inputs of waiting batches, but {why}. Choose another "

@@ -21,6 +21,7 @@ from torch.nn import Module
 from transformers import AutoModelForCausalLM
 
 from wanda_lightning.common.aliases import Kwargs, StrPath
+from wanda_lightning.common.busy_machine import warn_if_busy
 from wanda_lightning.common.checks import require_extra
 from wanda_lightning.common.dtypes import DTYPES
 from wanda_lightning.common.errors import UserError
@@ -59,6 +60,7 @@ def load_causal_lm(source: ModelSource, dtype: str) -> Any:
     Raises an OSError for a model that neither a folder nor the hub has in safetensors, and a ValueError for files that
     are broken or contradict each other, and for weights that cannot be used.
     """
+    warn_if_busy()
     check_source(source)
     name = str(source)
     is_gguf = source.path.suffix == ".gguf"
@@ -170,6 +172,7 @@ def create_classifier(name: StrPath, pretrained: bool, kwargs: Kwargs) -> Module
 
     Raises an OSError for weights that can neither be downloaded nor found, and a ValueError for a wrong option or file.
     """
+    warn_if_busy()
     full_name = timm_name(name)
     is_folder = full_name.startswith("local-dir:")
     folder = Path(full_name.removeprefix("local-dir:"))
@@ -212,6 +215,7 @@ def _refuse_unknown(name: str) -> None:
 
 def load_embedding_model(source: ModelSource, **options: Any) -> Any:
     """Load a model of sentence-transformers, with more options of `from_pretrained`; errors as for language models."""
+    warn_if_busy()
     require_extra("embedding", "sentence_transformers", purpose="Embedding models")
     if not is_embedding_model(source):
         raise UserError(
