@@ -8,6 +8,7 @@ from support.pairwise import spread, with_nightly
 from support.quiet import prune
 from support.refusals import refusal
 from support.samples import drawn, gradients, split
+from support.tiny import tiny
 from support.zoo import ZOO, batches_of, cast, model_of
 from torch import nn
 from torch.nn import functional as F
@@ -91,15 +92,9 @@ def test_vectors_have_normal_directions_instead_of_labels():
 
 
 def test_a_model_without_a_head_predicts_vectors():
-    config = BertConfig(
-        vocab_size=50,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-    )
+    model = BertModel(tiny(BertConfig))
     ids = torch.randint(50, (4, 8))
-    report = prune(BertModel(config), [{"input_ids": ids}], 0.5, allocation="fisher")
+    report = prune(model, [{"input_ids": ids}], 0.5, allocation="fisher")
     assert len({layer.sparsity for layer in report.layers}) > 2
 
 

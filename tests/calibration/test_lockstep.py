@@ -79,15 +79,7 @@ def test_the_head_is_computed_for_one_sample_and_an_error_before_it_does_not_mat
     assert seen == [1]
 
 
-# ---- threads and memory
-
-
-def test_all_batches_compute_in_the_thread_of_the_caller():
-    """With one team of OpenMP's workers."""
-    threads = set()
-    model = Chain(Mlp(), Mlp(), glue=lambda index: threads.add(threading.current_thread()))
-    route(model, vectors(16), model.blocks)
-    assert threads == {threading.current_thread()}
+# ---- memory
 
 
 @pytest.mark.parametrize("way", ["block", "layer", "watched"])
@@ -118,13 +110,19 @@ def test_the_activations_of_one_unit_are_held(way):
     assert len(alive) == 0
 
 
-# ---- grad mode, inference mode, instance forwards
+# ---- grad mode, inference mode, threads, instance forwards
 
 
 @pytest.mark.parametrize("outer", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-def test_no_gradients_inside_and_the_callers_mode_outside(outer):
+def test_no_gradients_inside_and_the_callers_mode_outside_all_in_its_thread(outer):
+    """With one team of OpenMP's workers."""
+
     def modes():
-        return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        return (
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            threading.current_thread(),
+        )
 
     seen = set()
     model = Chain(
@@ -136,7 +134,7 @@ def test_no_gradients_inside_and_the_callers_mode_outside(outer):
         for _ in travel(model, vectors(), model.blocks):
             assert modes() == before
         assert modes() == before
-    assert seen == {(False, outer is torch.inference_mode)}
+    assert seen == {(False, outer is torch.inference_mode, threading.current_thread())}
 
 
 @pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)

@@ -182,15 +182,9 @@ def with_helper(model, x):
     return in_order(model, x)
 
 
-def in_a_loop(model, x, **scale):
-    for block in (*model.blocks[:2], *model.blocks):
-        x = block(x, **scale)
-    return x
-
-
 def with_attribute_in_a_loop(model, x):
     set_attribute(model, x)
-    return in_a_loop(model, x)
+    return through((*model.blocks[:2], *model.blocks), x)
 
 
 MODELS = {
@@ -240,13 +234,6 @@ def test_what_surrounds_the_blocks_of_a_batch_is_its_own(name, choices, caplog):
 
 
 # ---- what a model keeps elsewhere, where only the latest batch finds its own
-
-
-def with_output_kept(model, x):
-    for block in model.blocks:
-        block.output = block(x)
-        x = block.output
-    return x
 
 
 def with_attribute_of_torch(model, x):

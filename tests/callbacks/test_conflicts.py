@@ -23,6 +23,7 @@ from support.callbacks import (
     wanda,
 )
 from support.refusals import refuses
+from support.zoo import batches_of
 
 from wanda_lightning import (
     BestAfterPruning,
@@ -126,7 +127,7 @@ class OnlySteps(L.LightningModule):
 
     def __init__(self):
         super().__init__()
-        self.layers = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 16))
+        self.layers = Net().layers
 
     def training_step(self, batch, batch_idx):
         raise AssertionError
@@ -155,8 +156,8 @@ Forward = with_forward(lambda self, x: self.layers(x))
         (Forward, {"calibrate_on": "validation"}, "this fit has none"),
         (
             Forward,
-            {"skip": ["layers.2"]},
-            "skip='layers.2' matches no matrix of the model; the nearest is 'layers",
+            {"skip": ["layers.9"]},
+            "skip='layers.9' matches no matrix of the model; the nearest is 'layers",
         ),
         (
             with_forward(lambda self, x, scale: self.layers(x * scale)),
@@ -200,8 +201,7 @@ def test_a_best_checkpoint_from_before_pruning_is_warned_of(
     options = {"max_epochs": 2, "enable_checkpointing": True, "fast_dev_run": dry}
     best = ModelCheckpoint(tmp_path, monitor=monitor)
     trainer(wanda(**when), best, **options).fit(Net(), loader(), loader())
-    texts = [str(warning.message) for warning in recwarn]
-    warned = [text for text in texts if "ModelCheckpoint(" in text]
+    warned = [str(each.message) for each in recwarn if "ModelCheckpoint(" in str(each.message)]
     assert len(warned) == (last is not None)
     for text in warned:
         assert f"before step {last}" in text
@@ -251,10 +251,8 @@ def test_a_trainer_of_the_other_package_is_refused_before_anything_runs(callback
 def test_experts_are_dropped_before_an_evaluation_but_not_in_training():
     """They leave the model, so its optimizer must not hold it yet."""
     module = OfZoo("mixtral")
-    callback = WandaPrune(0.5, pattern="experts", num_samples=24)
-    data = torch.utils.data.DataLoader(
-        torch.utils.data.TensorDataset(torch.randint(32, (24, 8))), batch_size=4
-    )
+    callback = WandaPrune(0.5, pattern="experts", num_samples=4)
+    data = torch.utils.data.DataLoader(batches_of("mixtral"), batch_size=None)
     with pytest.raises(
         MisconfigurationException, match=r"pattern='experts' replaces parameters .* before training"
     ):

@@ -129,19 +129,15 @@ def test_by_default_the_dense_model_is_a_copy_from_before_pruning():
     assert share_of_zeros(module) == all_at(0.5)
 
 
-def test_the_dense_model_is_in_no_checkpoint(tmp_path):
+def test_the_dense_model_is_in_no_checkpoint_and_not_trained(tmp_path):
     module = Net(ADAMW)
-    fit_module(module, DistillFromDense(Dense()), SaveAt(tmp_path, 2), max_steps=2)
+    dense = Dense()
+    before = deepcopy(dense.state_dict())
+    fit_module(module, DistillFromDense(dense), SaveAt(tmp_path, 2), max_steps=2)
     saved = torch.load(tmp_path / "2.ckpt", weights_only=True)
     assert saved["state_dict"].keys() == Net().state_dict().keys()
     trained = saved["optimizer_states"][0]["param_groups"][0]["params"]
     assert len(trained) == len([*module.parameters()])
-
-
-def test_the_dense_model_is_not_trained():
-    dense = Dense()
-    before = deepcopy(dense.state_dict())
-    fit_module(Net(ADAMW), DistillFromDense(dense), max_steps=2)
     assert_same(before, dense.state_dict())
     assert not any(weight.requires_grad or weight.grad is not None for weight in dense.parameters())
 

@@ -32,7 +32,6 @@ from support.callbacks import (
     zeros,
 )
 from support.layers import assert_same
-from support.mlps import relu_mlp
 from support.pairwise import with_nightly
 from support.quiet import prune
 from support.refusals import refuses
@@ -42,67 +41,49 @@ from torch import nn
 from wanda_lightning import CubicSchedule, KeepZeros, PruningCallback, WandaPrune
 
 
+def fit_resumable(module, *callbacks, max_steps=10, **options):
+    """Fit on batches that a resumed run continues with."""
+    fit_module(module, *callbacks, data=Resumable(), max_steps=max_steps, **options)
+
+
 @pytest.fixture
 def gradual(tmp_path):
-    """A module and its callback after three steps, with an average, and the checkpoints of steps 2 and 3."""
+    """A callback after three steps, with an average, and the checkpoints of steps 2 and 3."""
     module = made("sign")
     callback = Counted(at_step=2)
-    fit_module(
-        module,
-        callback,
-        EMAWeightAveraging(),
-        SaveAt(tmp_path, 2, 3),
-        data=Resumable(),
-        max_steps=3,
-    )
+    fit_resumable(module, callback, EMAWeightAveraging(), SaveAt(tmp_path, 2, 3), max_steps=3)
     saved = {step: torch.load(tmp_path / f"{step}.ckpt", weights_only=True) for step in (2, 3)}
-    return SimpleNamespace(module=module, callback=callback, saved=saved)
+    return SimpleNamespace(callback=callback, saved=saved)
 
 
 class TestCheckpoints:
-    def test_the_weights_load_into_plain_modules(self, gradual):
-        weights = gradual.saved[3]["state_dict"]
-        assert weights.keys() == Net().state_dict().keys()
-        plain = relu_mlp(32, 64, 64, 16)
-        plain.load_state_dict(
-            {key.removeprefix("layers."): value for key, value in weights.items()}
-        )
-        gradual.module.load_state_dict(weights)
-        inputs = torch.ones(1, 32)
-        assert torch.equal(plain(inputs), gradual.module(inputs))
-
-    def test_the_state_of_the_optimizer_is_ordinary(self, gradual):
+    def test_weights_and_the_state_of_the_optimizer_are_ordinary(self, gradual):
+        assert gradual.saved[3]["state_dict"].keys() == Net().state_dict().keys()
         (optimizer_state,) = gradual.saved[3]["optimizer_states"]
         assert optimizer_state.keys() == {"state", "param_groups"}
 
     def test_the_state_of_the_callback_counts_the_zeros_right_after_pruning(self, gradual):
+        """With the names of older versions."""
         saved = gradual.saved[2]
-        own = saved["callbacks"][gradual.callback.state_key]
+        assert gradual.callback.state_key == "Counted{'skip': []}"
+        own = saved["callbacks"]["Counted{'skip': []}"]
+        assert (own["asked_at"], own["due"]) == (2, False)
         assert own["zeros"] == {
             name: int((saved["state_dict"][f"{name}.weight"] == 0).sum()) for name in LAYERS
         }
         assert own["unheld_zeros"] == {}
 
-    def test_the_names_in_a_checkpoint_are_those_of_older_versions(self, gradual):
-        assert gradual.callback.state_key == "Counted{'skip': []}"
-        own = gradual.saved[2]["callbacks"]["Counted{'skip': []}"]
-        assert (own["asked_at"], own["due"]) == (2, False)
-
     def test_a_pruned_checkpoint_is_measured_as_it_is(self, tmp_path):
         module = Net()
-        fit = trainer(wanda(), max_epochs=1)
-        fit.fit(module, loader())
-        fit.save_checkpoint(tmp_path / "pruned.ckpt")
+        fit_module(module, wanda(), SaveAt(tmp_path, 3), max_epochs=1)
         loaded = Net()
-        run_loop("test", loaded, wanda(), ckpt_path=tmp_path / "pruned.ckpt")
+        run_loop("test", loaded, wanda(), ckpt_path=tmp_path / "3.ckpt")
         assert same(loaded, module)
 
     def test_a_dense_checkpoint_is_pruned_when_training_goes_on(self, tmp_path):
-        fit = trainer(max_epochs=1)
-        fit.fit(Net(ADAMW), loader())
-        fit.save_checkpoint(tmp_path / "dense.ckpt")
+        fit_module(Net(ADAMW), SaveAt(tmp_path, 3), max_epochs=1)
         module = Net(ADAMW)
-        fit_module(module, wanda(), max_epochs=2, ckpt_path=tmp_path / "dense.ckpt")
+        fit_module(module, wanda(), max_epochs=2, ckpt_path=tmp_path / "3.ckpt")
         # Although the moments that were loaded are not zero there.
         assert share_of_zeros(module) == all_at(0.5)
 
@@ -183,18 +164,14 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, optimizer, when, o
     whole = made(optimizer)
     callback = Counted(**choices)
     saves = (2, 6, 8)  # of six batches an epoch
-    fit_module(
-        whole, *callbacks_of(options, callback), SaveAt(tmp_path, *saves), data=Resumable(), **steps
-    )
+    fit_resumable(whole, *callbacks_of(options, callback), SaveAt(tmp_path, *saves), **steps)
     assert callback.pruned_at == pruned_at
     assert when == "not kept" or all(where.float().mean() >= 0.5 for where in zeros(whole).values())
     for step in saves:
         resumed = made(optimizer)
         again = Counted(**choices)
         path = tmp_path / f"{step}.ckpt"
-        fit_module(
-            resumed, *callbacks_of(options, again), data=Resumable(), **steps, ckpt_path=path
-        )
+        fit_resumable(resumed, *callbacks_of(options, again), **steps, ckpt_path=path)
         assert again.pruned_at == [at for at in pruned_at if at > step]
         assert again.report.layers == callback.report.layers
         # To the last field, from the checkpoint.
@@ -205,12 +182,12 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tmp_path, optimizer, when, o
 def test_a_checkpoint_written_by_another_callback_right_before_pruning(tmp_path):
     whole = made("adamw")
     resumed = made("adamw")
-    fit_module(whole, SaveAt(tmp_path, 5), Counted(at_step=5), data=Resumable(), max_steps=8)
+    fit_resumable(whole, SaveAt(tmp_path, 5), Counted(at_step=5), max_steps=8)
     assert not any(
         (torch.load(tmp_path / "5.ckpt")["state_dict"][name] == 0).any() for name in all_at(0.5)
     )
     callback = Counted(at_step=5)
-    fit_module(resumed, callback, data=Resumable(), max_steps=8, ckpt_path=tmp_path / "5.ckpt")
+    fit_resumable(resumed, callback, max_steps=8, ckpt_path=tmp_path / "5.ckpt")
     assert callback.pruned_at == [5]
     assert_same(state(resumed), state(whole))
 
@@ -219,11 +196,9 @@ def test_the_same_callback_goes_back_to_an_earlier_checkpoint(tmp_path):
     whole = made("sign")
     resumed = made("sign")
     callback = Counted(at_step=5)
-    fit_module(whole, callback, SaveAt(tmp_path, 3, 7), data=Resumable(), max_steps=10)
+    fit_resumable(whole, callback, SaveAt(tmp_path, 3, 7))
     for step, pruned_at in ((7, [5]), (3, [5, 5]), (7, [5, 5])):
-        fit_module(
-            resumed, callback, data=Resumable(), max_steps=10, ckpt_path=tmp_path / f"{step}.ckpt"
-        )
+        fit_resumable(resumed, callback, ckpt_path=tmp_path / f"{step}.ckpt")
         assert callback.pruned_at == pruned_at
         assert_same(state(resumed), state(whole))
 
@@ -234,19 +209,12 @@ def test_two_callbacks_on_two_parts_keep_their_own_state(tmp_path):
         return first, Counted(0.25, at_step=6, skip=["layers.2", "layers.4"])
 
     whole = made("adamw")
-    fit_module(whole, *both(), SaveAt(tmp_path, 2, 4, 6, 8), data=Resumable(), max_steps=10)
+    fit_resumable(whole, *both(), SaveAt(tmp_path, 2, 4, 6, 8))
     assert share_of_zeros(whole) == {**all_at(0.5), "layers.0.weight": 0.25}
     for step in (2, 4, 6, 8):
         resumed = made("adamw")
         first, second = both()
-        fit_module(
-            resumed,
-            second,
-            first,
-            data=Resumable(),
-            max_steps=10,
-            ckpt_path=tmp_path / f"{step}.ckpt",
-        )
+        fit_resumable(resumed, second, first, ckpt_path=tmp_path / f"{step}.ckpt")
         assert first.pruned_at == [at for at in [3] if at > step]
         # The reports are of the checkpoint, or of a pruning.
         assert (first.report.sparsity, second.report.sparsity) == (0.5, 0.25)
@@ -336,7 +304,7 @@ def test_a_checkpoint_of_another_sparsity_or_pattern(tmp_path, loop, first, seco
 def test_a_report_of_another_version_stops_nothing(tmp_path):
     """Training resumes without it."""
     whole = made("adamw")
-    fit_module(whole, Counted(at_step=2), SaveAt(tmp_path, 3), data=Resumable(), max_steps=6)
+    fit_resumable(whole, Counted(at_step=2), SaveAt(tmp_path, 3), max_steps=6)
     saved = torch.load(tmp_path / "3.ckpt", weights_only=True)
     (own,) = [state for name, state in saved["callbacks"].items() if "Counted" in name]
     own["of_a_later_version"] = 1
@@ -345,9 +313,7 @@ def test_a_report_of_another_version_stops_nothing(tmp_path):
     resumed = made("adamw")
     callback = Counted(at_step=2)
     with pytest.warns(UserWarning, match="argument: .zeros."):
-        fit_module(
-            resumed, callback, data=Resumable(), max_steps=6, ckpt_path=tmp_path / "changed.ckpt"
-        )
+        fit_resumable(resumed, callback, max_steps=6, ckpt_path=tmp_path / "changed.ckpt")
     assert (callback.pruned_at, callback.report) == ([], None)
     assert_same(state(resumed), state(whole))
 
@@ -404,16 +370,10 @@ def test_keep_zeros_alone(tmp_path, optimizer, dead):
     resumed = made(optimizer)
     for name in dead:
         nn.init.zeros_(whole.get_submodule(name).weight)
-    fit_module(whole, KeepZeros(), SaveAt(tmp_path, 1, 7), data=Resumable(), max_steps=10)
+    fit_resumable(whole, KeepZeros(), SaveAt(tmp_path, 1, 7))
     assert (torch.load(tmp_path / "1.ckpt")["state_dict"]["layers.4.weight"] == 0).any()
     for step in (1, 7):
-        fit_module(
-            resumed,
-            KeepZeros(),
-            data=Resumable(),
-            max_steps=10,
-            ckpt_path=tmp_path / f"{step}.ckpt",
-        )
+        fit_resumable(resumed, KeepZeros(), ckpt_path=tmp_path / f"{step}.ckpt")
         assert_same(state(resumed), state(whole))
 
 

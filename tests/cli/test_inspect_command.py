@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 from support.cli import IGNORED_WARNINGS, run
+from support.embedding import tiny_folder as tiny_folder
 from support.gguf import write_gguf
 from support.zoo import model_of
 from transformers import AutoModelForCausalLM, T5Config
@@ -28,7 +29,7 @@ def test_inspect_a_folder_without_weights(inputs, capsys):
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("options", "expected"),
     [
         # 2 x (4 of 32 x 32 and 3 of 32 x 48).
         ("tiny.gguf", ["14 layers at 2 stops hold 17,408 weights"]),
@@ -37,9 +38,15 @@ def test_inspect_a_folder_without_weights(inputs, capsys):
             ["with --sequential none", "depthwise", "output head", "at 1 stop hold"],
         ),
         ("experts", ["24 layers at 2 stops", "router", "gate_up_proj.*"]),
+        ("experts --pattern experts", ["leaves the layers outside of the experts as they are"]),
+        (
+            "tiny.gguf --pattern structured",
+            ["prunes only those of these layers that write or read hidden units"],
+        ),
+        ("embedding", ["encoder.layer.0"]),
     ],
 )
-def test_inspect_allocates_no_weights(capsys, monkeypatch, name, expected):
+def test_inspect_allocates_no_weights(capsys, monkeypatch, tiny_folder, options, expected):
     built = []
     build = inspect_command.model_from_config
 
@@ -50,7 +57,8 @@ def test_inspect_allocates_no_weights(capsys, monkeypatch, name, expected):
     monkeypatch.setattr(inspect_command, "model_from_config", model_from_config)
     write_gguf("tiny.gguf")
     model_of("mixtral").config.save_pretrained("experts")
-    assert run("inspect", "--model", name) == 0
+    shutil.copytree(tiny_folder, "embedding")
+    assert run("inspect", "--model", *options.split()) == 0
     assert all(parameter.is_meta for parameter in built[0].parameters())
     out = " ".join(capsys.readouterr().out.split())
     assert all(part in out for part in expected)
@@ -69,21 +77,6 @@ def test_inspect_says_which_layers_the_pattern_does_not_fit(inputs, capsys, monk
         in out
     )
     assert "Note: only 20% of the weights" in out
-
-
-def test_inspect_says_that_only_experts_leave(tmp_path, capsys):
-    model_of("mixtral").config.save_pretrained(tmp_path)
-    assert run("inspect", "--model", tmp_path, "--pattern", "experts") == 0
-    out = " ".join(capsys.readouterr().out.split())
-    assert "leaves the layers outside of the experts as they are" in out
-
-
-def test_inspect_says_that_hidden_units_are_in_few_layers(inputs, capsys):
-    assert run("inspect", "--model", inputs / "llama", "--pattern", "structured") == 0
-    assert (
-        "prunes only those of these layers that write or read hidden units"
-        in capsys.readouterr().out
-    )
 
 
 def test_blocks_that_are_alike_share_a_row_and_the_memory_of_streaming_is_named(inputs, capsys):
@@ -105,6 +98,7 @@ def test_blocks_that_are_alike_share_a_row_and_the_memory_of_streaming_is_named(
 # Options, and what is said about them.
 REFUSED = """
 --pattern 3:6 -> pattern=NM(n=3, m=6) fits none of the 14 layers
+--revision v1 -> --revision must be left out for a local model, or
 --skip model -> model has nothing to prune
 --model gone -> configuration of 'gone' cannot be loaded: no file or folder has this name:
 --model t5 -> model must be a decoder, but t5 is an encoder-decoder.

@@ -65,13 +65,20 @@ def test_a_recipe_is_printed_with_the_defaults_of_the_choices(recipe, capsys):
     assert callback["init_args"]["keep_batch_norm"] is False  # from `PruningConfig.from_names`
 
 
-def test_validate_a_recipe(recipe, capsys, tmp_path):
+def test_validate_a_recipe_with_a_criterion_of_a_file_beside_it(
+    recipe, capsys, monkeypatch, tmp_path
+):
+    shutil.copy(inspect.getsourcefile(Power), "my_method.py")
+    monkeypatch.syspath_prepend(tmp_path)
+    criterion = "criterion: {class_path: my_method.Power, init_args: {power: 0.3}}"
+    recipe.write_text(recipe.read_text().replace("pattern: 2:4", f"pattern: 2:4, {criterion}"))
     assert run("validate", "--config", recipe) == 0
     assert "val_perplexity" in capsys.readouterr().out
     report = PruningReport.load("out")
     assert report.config["pattern"] == {"name": "NM", "n": 2, "m": 4}
+    assert report.config["criterion"] == {"name": "Power", "power": 0.3}
     assert report.sparsity == 0.5
-    assert sorted(os.listdir(tmp_path)) == ["out", "recipe.yaml"]
+    assert {*os.listdir(tmp_path)} - {"__pycache__"} == {"out", "my_method.py", "recipe.yaml"}
 
 
 @pytest.mark.parametrize(
@@ -134,16 +141,3 @@ def test_checkpoints_of_fit_are_loaded(write, model, module, monitor):
     assert run("validate", *goes_on) == 0
     assert run("fit", *goes_on, "--trainer.max_epochs", 2) == 0
     assert torch.load("best/last.ckpt", weights_only=True)["epoch"] == 1
-
-
-def test_a_recipe_with_a_criterion_of_a_file_beside_it(recipe, monkeypatch, tmp_path):
-    shutil.copy(inspect.getsourcefile(Power), "my_method.py")
-    monkeypatch.syspath_prepend(tmp_path)
-    recipe.write_text(
-        recipe.read_text().replace(
-            "pattern: 2:4",
-            "pattern: 2:4, criterion: {class_path: my_method.Power, init_args: {power: 0.3}}",
-        )
-    )
-    assert run("validate", "--config", recipe) == 0
-    assert PruningReport.load("out").config["criterion"] == {"name": "Power", "power": 0.3}

@@ -104,11 +104,14 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("error", "message"), ERRORS)
-def test_a_refusal_is_one_line(error, message, capsys):
+def test_a_refusal_is_one_line_without_debug(error, message, capsys):
     assert explain(error, debug=False) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("wanda-lightning: error: ")
     assert message in line
+
+    explain(error, debug=True)  # shows the traceback
+    assert "wanda-lightning: error: " not in capsys.readouterr().err.partition("\n")[0]
 
 
 def test_lack_of_memory_is_one_line_and_status_1(capsys):
@@ -122,9 +125,3 @@ def test_a_fault_keeps_its_traceback(capsys):
     first, last = capsys.readouterr().err.splitlines()
     assert first == "ValueError: a fault"
     assert "Please open an issue" in last
-
-
-@pytest.mark.parametrize("error", [error for error, _ in ERRORS])
-def test_debug_shows_the_traceback_of_a_refusal(error, capsys):
-    explain(error, debug=True)
-    assert "wanda-lightning: error: " not in capsys.readouterr().err.partition("\n")[0]

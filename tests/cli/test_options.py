@@ -138,6 +138,7 @@ prune extra -> Unused Tokens: ['extra'].
 prune --use_variant --pattern 2:4 -> --use_variant must be left out for --pattern 2:4, or it would be ignored.
 prune --data digits -> --data must be left out for a language model
 prune --model timm:test_vit --data digits --seqlen 8 --limit 2 -> --seqlen, --limit must be left out for an image
+prune --model timm:test_vit --data digits --packing none -> --packing must be left out for an image classifier
 prune --model timm:test_vit -> with classes only, but it is missing.
 prune --nsample 3 -> Did you mean --nsamples?
 prune -x -> Unknown option: -x.
@@ -178,17 +179,6 @@ def test_the_revision_is_that_of_the_model():
     models = parse(["evaluate", *options])[1]["models"]
     assert models.source("c/d") == ModelSource("c/d", "v1", "cache")
     assert [models.source(name).revision for name in models.all] == ["main", "v1", "v1"]
-
-
-def test_the_revision_of_a_local_model_is_refused(inputs, refused):
-    refused(
-        "inspect",
-        "--model",
-        inputs / "llama",
-        "--revision",
-        "v1",
-        message="--revision must be left out for a local model, or",
-    )
 
 
 # Another value than the default for each argument of `PruningConfig.from_names`, as it is typed.

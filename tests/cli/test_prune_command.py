@@ -95,9 +95,12 @@ def test_the_flags_of_the_reference_prune_and_measure(inputs, choices):
 
 
 @pytest.mark.parametrize(("method", "pattern"), [("wanda", "2:4"), ("magnitude", "unstructured")])
-def test_the_report_describes_the_run(inputs, method, pattern):
+def test_the_report_describes_the_run_which_says_what_it_found_and_writes_nothing_else(
+    inputs, tmp_path, capsys, method, pattern
+):
     flags = reference_flags(inputs, method, pattern)
     assert run("prune", *flags) == 0
+    out, err = capsys.readouterr()
     report = report_in("out/logs")
     reads_data = method == "wanda"
     assert {layer.tokens for layer in report.layers} == {4 * SEQLEN if reads_data else 0}
@@ -120,20 +123,15 @@ def test_the_report_describes_the_run(inputs, method, pattern):
     assert parse_options("prune", arguments) == parse_options("prune", flags)
     assert ("--sparsity" in arguments) == (pattern == "unstructured")
 
-
-def test_a_run_says_what_it_found_and_writes_nothing_else(inputs, tmp_path, capsys):
-    assert run("prune", *reference_flags(inputs, "wanda")) == 0
-    out, err = capsys.readouterr()
-    measured = report_in("out/logs").run
-    assert f" from {measured.before:,.2f} to {measured.after:,.2f}." in out
-    assert date.today() - date.fromisoformat(measured.date) <= timedelta(days=1)
+    assert f" from {report.run.before:,.2f} to {report.run.after:,.2f}." in out
+    assert date.today() - date.fromisoformat(report.run.date) <= timedelta(days=1)
     assert "Pruning 2/2 done" in err
     assert sorted(os.listdir(tmp_path)) == ["llm_weights", "out"]
-    assert sorted(os.listdir("out/logs")) == ["log_wanda.txt", "pruning_report.json"]
+    assert sorted(os.listdir("out/logs")) == [f"log_{method}.txt", "pruning_report.json"]
     assert transformers.AutoTokenizer.from_pretrained("out/model")("ab").input_ids
     (result,) = ModelCard.load("out/model/README.md").data.eval_results
-    assert result.dataset_name == Path(measured.data).name
-    assert result.metric_value == measured.after
+    assert result.dataset_name == Path(report.run.data).name
+    assert result.metric_value == report.run.after
 
 
 def test_skip_dtype_and_seed(text):
@@ -156,7 +154,7 @@ def test_skip_dtype_and_seed(text):
     assert report_in("other").run.after != report_in("out").run.after
 
 
-def test_a_page_changes_nothing_else(text):
+def test_a_page_changes_nothing_else_and_the_size_of_the_files_is_a_cost(text):
     for more in ("--save a --save_model a/model --report a.html", "--save b --save_model b/model"):
         assert run(*text, "--method", "sparsegpt", "--sparsity", "0.8", *more.split()) == 0
     with_page = report_in("a").run
@@ -165,28 +163,14 @@ def test_a_page_changes_nothing_else(text):
     assert with_page.loops.data == "6 continuations"
     described = {"command": without.command, "costs": without.costs}
     assert replace(with_page, samples=(), loops=None, **described) == without
+    saved = Path("b/model/model.safetensors").stat().st_size / 2**20
+    assert without.costs == (Measured("MiB of weights", pytest.approx(saved, rel=0.1), saved),)
     weights = load_file("a/model/model.safetensors")
     assert_same(weights, load_file("b/model/model.safetensors"))
     assert re.search(
         r"Perplexity on \S+ \(6 windows of 32 tokens\) (rose|fell) from [\d,.]+ to [\d,.]+\.",
         Page(Path("a.html")).text,
     )
-
-
-def test_a_page_that_cannot_be_written_is_refused(text, refused, monkeypatch):
-    Path("a.html").write_text("mine")
-    refused(*text, "--report", "a.html", message="a.html exists and is not empty. Choose another")
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
-    refused(
-        *text, "--report", "c.html", message="Reports with figures need matplotlib: pip install"
-    )
-
-
-def test_the_size_of_the_files_is_beside_the_results(text):
-    assert run(*text, *OUT) == 0
-    (size,) = report_in("out").run.costs
-    saved = Path("out/model/model.safetensors").stat().st_size / 2**20
-    assert size == Measured("MiB of weights", pytest.approx(saved, rel=0.1), saved)
 
 
 @pytest.mark.parametrize(
@@ -246,6 +230,13 @@ REFUSED = f"""
 --stream --method thorough -> needs the whole model in memory
 --stream --pattern experts -> needs a mixture of experts, but no module
 --stream --pattern experts --max_size 1MB -> max_size needs a mixture of experts, but the model has none
+--packing none -> packing='none' needs chats, but
+--calibration self -> tokenizer must have a token that begins or ends a text
+--save mine -> mine exists and is not empty
+--save_model mine -> mine exists and is not empty
+--save_model mine --overwrite -> must be empty or a model
+--report mine/a.html -> mine/a.html exists and is not empty. Choose another
+--report c.html -> Reports with figures need matplotlib: pip install
 --max_size 1MB -> --max_size chooses a number of experts, but pattern=
 """
 
@@ -254,6 +245,10 @@ REFUSED = f"""
 def test_refused_for_a_language_model(inputs, text, refused, monkeypatch, case):
     for name in ("measure", "measured_from_disk"):
         monkeypatch.setattr(f"wanda_lightning.cli.prune_command.{name}", None)
+    if "matplotlib" in case:  # as if it were not installed
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+    Path("mine").mkdir()
+    Path("mine/a.html").write_text("mine")
     Path("bin").mkdir()
     shutil.copy(inputs / "llama/config.json", "bin")
     options, message = case.replace("INPUTS", str(inputs)).split(" -> ")
@@ -269,20 +264,14 @@ def test_a_model_that_is_read_is_never_replaced(pruned, refused, command, target
     refused(command, *options, message=message)
 
 
-SELF = ["--calibration", "self", "--method", "sparsegpt", "--save", "out"]
-
-
 def test_the_model_may_write_the_text_to_calibrate_on(inputs, text):
     shutil.copytree(inputs / "llama", "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained("model")
     tokenizer.bos_token = tokenizer.convert_ids_to_tokens(0)
     tokenizer.save_pretrained("model")
-    assert run(*text, *SELF, "--model", "model") == 0
+    more = "--calibration self --method sparsegpt --save out --model model"
+    assert run(*text, *more.split()) == 0
     assert report_in("out").run.calibration.startswith("text by the dense model, 4 windows of ")
-
-
-def test_a_model_that_cannot_begin_a_text_is_refused(text, refused):
-    refused(*text, *SELF, message="tokenizer must have a token that begins or ends a text")
 
 
 @pytest.fixture
@@ -332,26 +321,6 @@ def test_experts_that_fit_into_a_size(mixture, text, capsys, stream):
     assert hasattr(config, "quantization_config") == stream
 
 
-def test_a_streamed_run_that_was_interrupted_goes_on(streamed_options, monkeypatch):
-    command = [*streamed_options, "--stream", *OUT]
-
-    calls = itertools.count()
-
-    def interrupt(*arguments, **options):
-        if next(calls) == 2:  # after both texts by the dense model
-            signal.raise_signal(signal.SIGINT)
-        return measured_from_disk(*arguments, **options)
-
-    with monkeypatch.context() as patched:
-        patched.setattr("wanda_lightning.cli.prune_command.measured_from_disk", interrupt)
-        assert run(*command) == 130
-    assert not Path("out/pruning_report.json").exists()
-    monkeypatch.setattr(StreamedWeights, "visits", None)  # nothing is pruned again
-    assert run(*command) == 0
-    assert not Path("out/model/.pruning_progress.json").exists()
-    assert report_in("out").sparsity == 0.5
-
-
 @pytest.fixture
 def chats(inputs, text):
     """The options of a run that calibrates on chats and text, and measures on the chats; `model` has a template."""
@@ -394,36 +363,27 @@ def test_the_command_calibrates_on_chats_and_text(inputs, chats, stream, packing
     assert report_in("out").run.after == pytest.approx(math.exp(fmean(losses)), rel=1e-5)
 
 
-def test_a_streamed_run_on_chats_goes_on_only_with_the_same_packing(chats, monkeypatch, capsys):
-    command = [*chats, "--stream", *OUT]
+def test_a_streamed_run_that_was_interrupted_goes_on_only_with_the_same_packing(
+    inputs, chats, monkeypatch, capsys
+):
+    command = [*chats, "--evaluation", f"chats.jsonl,{inputs}/other.txt", "--stream", *OUT]
     calls = itertools.count()
 
     def interrupt(*arguments, **options):
-        if next(calls) == 1:  # after the chats by the dense model
+        if next(calls) == 2:  # after both texts by the dense model
             signal.raise_signal(signal.SIGINT)
         return measured_from_disk(*arguments, **options)
 
     with monkeypatch.context() as patched:
         patched.setattr("wanda_lightning.cli.prune_command.measured_from_disk", interrupt)
         assert run(*command) == 130
+    assert not Path("out/pruning_report.json").exists()
     assert run(*command, "--packing", "none") == 2
     assert "begun with other choices, data or weights: calibration data" in capsys.readouterr().err
     monkeypatch.setattr(StreamedWeights, "visits", None)  # nothing is pruned again
     assert run(*command) == 0
-
-
-def test_packing_is_for_chats(text, images, refused):
-    refused(*text, "--packing", "none", message="packing='none' needs chats, but ")
-    message = "--packing must be left out for an image classifier"
-    refused(*images, "--packing", "none", message=message)
-
-
-def test_a_folder_that_is_not_empty(text, refused):
-    Path("mine").mkdir()
-    Path("mine/notes.txt").touch()
-    for option in ("--save", "--save_model"):
-        refused(*text, option, "mine", message="mine exists and is not empty")
-    refused(*text, "--save_model", "mine", "--overwrite", message="must be empty or a model")
+    assert not Path("out/model/.pruning_progress.json").exists()
+    assert report_in("out").sparsity == 0.5
 
 
 def test_pruning_without_saving(text, tmp_path, capsys):

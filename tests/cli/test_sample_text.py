@@ -19,9 +19,17 @@ from wanda_lightning.cli.sample_text import (
 pytestmark = IGNORED_WARNINGS
 
 
-def test_text_is_the_most_likely_one_however_the_model_samples(inputs, caplog):
-    model = AutoModelForCausalLM.from_pretrained(inputs / "llama").eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(inputs / "llama")
+@pytest.fixture
+def model(inputs):
+    return AutoModelForCausalLM.from_pretrained(inputs / "llama").eval()
+
+
+@pytest.fixture
+def tokenizer(inputs):
+    return transformers.AutoTokenizer.from_pretrained(inputs / "llama")
+
+
+def test_text_is_the_most_likely_one_however_the_model_samples(model, tokenizer, caplog):
     ids = tokenizer(PROMPTS[0]).input_ids
     start = len(ids)
     for _ in range(min(40, 64 - start)):  # the context has 64
@@ -36,8 +44,7 @@ def test_text_is_the_most_likely_one_however_the_model_samples(inputs, caplog):
 
 
 @pytest.mark.parametrize(("end", "expected"), [(None, 1), (7, 0), ([3, 7], 0)])
-def test_a_model_that_repeats_a_token_is_in_a_loop_unless_it_ends(inputs, end, expected):
-    model = AutoModelForCausalLM.from_pretrained(inputs / "llama").eval()
+def test_a_model_that_repeats_a_token_is_in_a_loop_unless_it_ends(model, tokenizer, end, expected):
     model.generation_config.eos_token_id = end
 
     def always_7(module, args, logits):
@@ -45,14 +52,11 @@ def test_a_model_that_repeats_a_token_is_in_a_loop_unless_it_ends(inputs, end, e
         return logits
 
     model.lm_head.register_forward_hook(always_7)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(inputs / "llama")
     measured = measure_loops(model, tokenizer, torch.ones(2, 40, dtype=torch.long))
     assert measured == {"in_a_loop": expected, "prompts": 2}
 
 
-def test_the_configuration_of_the_model_does_not_keep_it_from_a_loop(inputs):
-    model = AutoModelForCausalLM.from_pretrained(inputs / "llama").eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(inputs / "llama")
+def test_the_configuration_of_the_model_does_not_keep_it_from_a_loop(model, tokenizer):
     windows = torch.ones(2, 40, dtype=torch.long)
     plain = measure_loops(model, tokenizer, windows)
     model.generation_config.update(repetition_penalty=5.0, no_repeat_ngram_size=1)
@@ -70,12 +74,9 @@ def test_a_loop_may_have_any_length_and_must_last_until_the_end():
     assert not ends_in_a_loop([*[4] * 8, 5])
 
 
-def test_a_model_that_cannot_generate_is_a_warning(inputs):
-    model = AutoModelForCausalLM.from_pretrained(inputs / "llama")
+def test_a_model_that_cannot_generate_is_a_warning(model, tokenizer):
     model.generate = None
     with pytest.warns(
         UserWarning, match="LlamaForCausalLM cannot continue a prompt, so no text is shown"
     ):
-        assert (
-            continuations(model, transformers.AutoTokenizer.from_pretrained(inputs / "llama")) == []
-        )
+        assert continuations(model, tokenizer) == []

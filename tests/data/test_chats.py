@@ -7,12 +7,12 @@ import random
 import datasets
 import pytest
 import torch
-from support.callbacks import fit_module, validate_module
-from support.data import BOS, byte_tokenizer, documents
+from support.callbacks import fit_module
+from support.data import byte_tokenizer, documents
 from support.modules import tiny_llama
 from support.refusals import refuses
 
-from wanda_lightning import SentenceDataModule, TextDataModule, WandaPrune, prune
+from wanda_lightning import SentenceDataModule, TextDataModule, prune
 from wanda_lightning.modules import CausalLMModule
 
 # Writes the token that begins a text, the tools, and each message; refuses a role, and leaves out another one.
@@ -24,15 +24,11 @@ TEMPLATE = """{{ bos_token }}{% if tools %}{{ tools | tojson }}{% endif %}{% for
 {% endfor %}"""
 
 
-def chat_tokenizer():
+@pytest.fixture(scope="module")
+def tokenizer():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
     return tokenizer
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return chat_tokenizer()
 
 
 def chat(*contents):
@@ -147,14 +143,6 @@ def test_the_first_training_windows_are_those_for_calibration(tokenizer):
         assert torch.equal(data.train_windows[:3], first)
 
 
-def test_the_template_alone_writes_the_token_that_begins_a_text(tokenizer):
-    data = TextDataModule(tokenizer, CHATS, seqlen=200, num_samples=8, packing="none")
-    for row in real_tokens(data.calibration_dataloader()):
-        assert row.count(BOS) == 1
-        assert row[0] == BOS
-    assert tokenizer("<s>a").input_ids.count(BOS) == 2  # as a text, it would have two
-
-
 def test_messages_and_tools_reach_the_template_as_they_are_in_a_file(tmp_path, tokenizer):
     rows = TOOLS * 2
     file = write_chats(tmp_path / "tools.jsonl", rows)
@@ -259,20 +247,19 @@ def test_a_list_of_documents_is_one_source(tokenizer):
         ),
     ],
 )
-def test_the_report_says_that_there_were_chats(tmp_path, tokenizer, sources, packing, expected):
+def test_the_description_says_that_there_were_chats(
+    tmp_path, tokenizer, sources, packing, expected
+):
     names = {"chats": write_chats(tmp_path / "chats.jsonl", CHATS), "text": tmp_path / "a.txt"}
     names["text"].write_text(documents([100])[0])
     data = TextDataModule(
         tokenizer,
         sources.format(**names),
-        [documents([50])],
         seqlen=20,
         num_samples=4,
         packing=packing,
     )
-    callback = WandaPrune(num_samples=4)
-    validate_module(CausalLMModule(tiny_llama(vocab_size=257)), callback, data=data)
-    assert callback.report.run.calibration == expected.format(**names)
+    assert data.describe_calibration(4) == expected.format(**names)
 
 
 def test_padding_counts_nowhere_in_pruning(tokenizer):
@@ -362,12 +349,6 @@ def test_a_line_that_is_no_json_is_refused_by_its_number(tmp_path, tokenizer, li
     file.write_text(f"{json.dumps(CHATS[0])}\n{line}\n")
     with refuses(r"^Line 2 of .*chats\.jsonl must be a JSON object with messages: "):
         TextDataModule(tokenizer, str(file), seqlen=20).calibration_dataloader()
-
-
-def test_messages_among_texts_are_refused(tmp_path, tokenizer):
-    file = write_chats(tmp_path / "a.jsonl", [{"text": "abc"}, CHATS[0]])
-    with refuses("must have a column 'text' with a string in each row, .*, and row 2 has no text"):
-        TextDataModule(tokenizer, file, seqlen=20).calibration_dataloader()
 
 
 def test_a_tokenizer_without_a_template_is_refused(tmp_path):

@@ -24,31 +24,26 @@ def test_named_texts_are_read_as_the_reference_reads_them(monkeypatch, tokenizer
     second = documents([7] * 1105)
     asked = []
 
-    def load_dataset(source, config=None, *, split, data_files=None, cache_dir=None, **options):
+    def load_dataset(*names, split, data_files=None, cache_dir=None, **options):
         assert cache_dir == "cache"
-        asked.append((source, config, split, data_files))
+        asked.append((*names, split, data_files))
         return datasets.Dataset.from_dict({"text": first if split == "train" else second})
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     data = TextDataModule(tokenizer, name, name, seqlen=30, num_samples=4, cache_dir="cache")
-    limit = None
     if name == "c4":
         expected = slow_document_windows(first, tokenizer, 30, 4, 0)
         text = " ".join(second[:1100])
         limit = 256
         train = {"train": "en/c4-train.00000-of-01024.json.gz"}
         validation = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
-        calls = [
-            ("allenai/c4", None, "train", train),
-            ("allenai/c4", None, "validation", validation),
-        ]
+        calls = [("allenai/c4", "train", train), ("allenai/c4", "validation", validation)]
     else:
         expected = slow_text_windows(tokenizer(" ".join(first)).input_ids, 30, 4, 0)
         text = "\n\n".join(second)
-        calls = [
-            ("Salesforce/wikitext", "wikitext-2-raw-v1", "train", None),
-            ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", None),
-        ]
+        limit = None
+        names = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+        calls = [(*names, "train", None), (*names, "test", None)]
     assert torch.equal(data.calibration_windows, expected)
     ids = tokenizer(text).input_ids
     windows = torch.tensor(ids[: len(ids) // 30 * 30]).view(-1, 30)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import assume, given, strategies as st
 from numpy.testing import assert_allclose
 from support import reference
+from support.convolutions import MODES, convolutions
 from support.layers import rng
 from support.mlps import Holding
 from support.quiet import prune
@@ -25,9 +26,6 @@ from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import Stop, find_layers
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-# Of torch and of numpy.
-MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
-PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
 
 
 @dataclass
@@ -81,43 +79,26 @@ def same(size, kernel, stride, dilation):
 @st.composite
 def convolution(draw, dtypes):
     dtype = draw(dtypes)
-    kernel = draw(PAIRS)
-    dilation = draw(PAIRS)
-    groups = draw(st.integers(1, 3))
-    channels = groups * draw(st.integers(1 if groups == 1 else 2, 4))
-    out = groups * draw(st.integers(1, 3))
-    size = draw(st.tuples(st.integers(3, 6), st.integers(3, 6)))
-    way = draw(st.sampled_from(["numbers", "same", "valid", "same of timm"]))
-    mode = "zeros" if way == "same of timm" else draw(st.sampled_from(list(MODES)))
-    stride = (1, 1) if way == "same" else draw(PAIRS)
-    options = {"stride": stride, "dilation": dilation, "groups": groups}
-
-    padding = draw(st.tuples(st.integers(0, 2), st.integers(0, 2))) if way == "numbers" else way
-    if way == "same of timm":
-        module = Conv2dSame(channels, out, kernel, **options)
+    module, shape = draw(convolutions([nn.Conv2d, Conv2dSame]))
+    windows = (module.kernel_size, module.stride, module.dilation)
+    if isinstance(module, Conv2dSame) or module.padding == "same":
+        pads = [same(*sizes) for sizes in zip(shape[1:], *windows, strict=True)]
     else:
-        module = nn.Conv2d(channels, out, kernel, padding=padding, padding_mode=mode, **options)
-    if way.startswith("same"):
-        pads = [same(*sizes) for sizes in zip(size, kernel, stride, dilation, strict=True)]
-    else:
-        pads = [(0, 0)] * 2 if way == "valid" else [(p, p) for p in padding]
-    for length, pad, k, d in zip(size, pads, kernel, dilation, strict=True):
-        assume(length + sum(pad) > d * (k - 1))
-        assume(mode == "zeros" or max(pad) < length)
+        pads = [(0, 0)] * 2 if module.padding == "valid" else [(p, p) for p in module.padding]
     generator = seeded(module, draw(st.integers(0, 2**32 - 1)))
     counts = draw(st.lists(st.integers(1, 2), min_size=1, max_size=3))
-    batches = [
-        torch.randn(count, channels, *size, generator=generator).to(dtype) for count in counts
-    ]
-    each = channels // groups
+    batches = [torch.randn(count, *shape, generator=generator).to(dtype) for count in counts]
+    each = shape[0] // module.groups
     tokens = {}
-    for group in range(groups):
+    for group in range(module.groups):
         parts = []
         for x in batches:
             of_group = reference.array(x)[:, group * each : (group + 1) * each]
-            padded = np.pad(of_group, ((0, 0), (0, 0), *pads), mode=MODES[mode])
+            mode = MODES[module.padding_mode]
+            padded = np.pad(of_group, ((0, 0), (0, 0), *pads), mode=mode)
+            kernel, stride, dilation = windows
             parts.append(reference.im2col(padded, kernel, stride, (0, 0), dilation))
-        tokens["part" if groups == 1 else f"part.group{group}"] = np.concatenate(parts)
+        tokens["part" if module.groups == 1 else f"part.group{group}"] = np.concatenate(parts)
     return Case(Holding(module.to(dtype)), batches, tokens, dtype)
 
 

@@ -68,9 +68,7 @@ def card(tiny):
 def test_the_metadata_says_what_the_model_is(card):
     metadata = (card.data.library_name, card.data.pipeline_tag, card.data.model_name)
     assert metadata == ("transformers", "text-generation", "tiny")
-
-
-def test_the_metadata_guess_no_base_and_no_license(card):
+    # Nothing is guessed.
     assert not {"base_model", "base_model_relation", "license"} & card.data.to_dict().keys()
 
 

@@ -53,9 +53,12 @@ def test_every_method_prunes_as_asked(method, name):
     assert not [
         matrix.name for matrix in report.skipped if matrix.reason.name in ("UNREACHED", "INACTIVE")
     ]
-    share = sum(layer.zeros for layer in report.layers) / sum(layer.size for layer in report.layers)
     # SparseGPT also zeroes weights that only multiply zeros.
-    assert 0.49 < share < (0.8 if method == "sparsegpt" or method.startswith("ablate") else 0.51)
+    assert (
+        0.49
+        < report.sparsity
+        < (0.8 if method == "sparsegpt" or method.startswith("ablate") else 0.51)
+    )
     with torch.no_grad():
         outputs = [each for each in tree_leaves(model(batches[0][0])) if each.is_floating_point()]
     assert sum(each.numel() for each in outputs)
@@ -86,10 +89,8 @@ class Module(L.LightningModule):
     def __init__(self):
         super().__init__()
         self.net = build("retinanet").train()
-        self.calibrated = 0
 
     def forward(self, images):
-        self.calibrated += 0 if self.training else len(images)
         return self.net(images)
 
     def training_step(self, batch, batch_idx):
@@ -117,8 +118,6 @@ def test_a_callback_prunes_a_detector_in_training_beside_an_average(order):
     averaging = EMAWeightAveraging(decay=0.5)
     run = trainer(*[pruning, averaging][::order], max_epochs=2, num_sanity_val_steps=0)
     run.fit(module, loader())
-    # A trial of one batch, once for the statistics, and twice for BatchNorm.
-    assert module.calibrated == 2 + 4 * 3
     assert sum(zeros_of(module).values()) == sum(layer.zeros for layer in pruning.report.layers)
     assert pruning.report.sparsity == pytest.approx(0.5, abs=0.02)
 

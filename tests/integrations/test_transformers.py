@@ -1,8 +1,11 @@
-"""Zeros stay zero in the Trainer of transformers."""
+"""Zeros stay zero in the Trainers of transformers and of sentence-transformers."""
 
 import pytest
 import torch
+from datasets import Dataset
+from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from support.callbacks import zeros
+from support.embedding import PAIRS, SENTENCES, tiny as tiny, tiny_folder as tiny_folder
 from support.layers import assert_same, rng
 from support.modules import tiny_llama
 from support.quiet import prune
@@ -23,7 +26,7 @@ def pruned_llama():
     return model
 
 
-def arguments(folder, **options):
+def arguments(folder, kind=TrainingArguments, **options):
     options = {
         "max_steps": 4,
         "learning_rate": 0.01,
@@ -36,7 +39,7 @@ def arguments(folder, **options):
         "logging_strategy": "no",
         **options,
     }
-    return TrainingArguments(str(folder), **options)
+    return kind(str(folder), **options)
 
 
 class Looks(TrainerCallback):
@@ -82,6 +85,24 @@ def test_exactly_the_pruned_weights_are_zero_after_every_step(options, tmp_path)
         assert (now != begun[key])[~where].float().mean() > 0.9
     assert not _global_optimizer_post_hooks
     assert not any(weight._post_accumulate_grad_hooks for weight in model.parameters())
+
+
+def test_real_steps_of_sentence_transformers_keep_the_zeros_and_train_the_rest(tiny, tmp_path):
+    report = prune(tiny, SENTENCES)
+    pruned = {layer.name: tiny.get_submodule(layer.name).weight.clone() for layer in report.layers}
+    first, second, scores = zip(*PAIRS, strict=True)
+    rows = {"sentence1": first, "sentence2": second, "score": [score / 5 for score in scores]}
+    SentenceTransformerTrainer(
+        tiny,
+        arguments(tmp_path, SentenceTransformerTrainingArguments),
+        train_dataset=Dataset.from_dict(rows),
+        callbacks=[KeepZerosCallback()],
+    ).train()
+    for name, old in pruned.items():
+        new = tiny.get_submodule(name).weight
+        assert torch.equal(new == 0, old == 0)
+        if "pooler" not in name:  # which has no gradient
+            assert not torch.isclose(new, old)[old != 0].all()
 
 
 class ZeroByChance(TrainerCallback):

@@ -29,12 +29,12 @@ from wanda_lightning.lora import KeepZerosLoraConfig, merge
 
 
 def test_updates_below_the_last_digit_of_bfloat16_count_in_training(monkeypatch):
-    layer = nn.Linear(16, 16, bias=False, dtype=torch.bfloat16)
-    layer.weight.data = torch.eye(16, dtype=torch.bfloat16)
-    model = get_peft_model(nn.Sequential(layer), config(target_modules=["0"], r=16, lora_alpha=16))
-    model.base_model.model[0].lora_A["default"].weight.data = torch.eye(16)
-    model.base_model.model[0].lora_B["default"].weight.data = delta = torch.eye(16) * 2**-12
-    assert torch.equal((torch.eye(16) + delta).bfloat16(), layer.weight)  # lost in a sum
+    dense = nn.Linear(16, 16, bias=False, dtype=torch.bfloat16)
+    dense.weight.data = torch.eye(16).bfloat16()
+    model, layer = single(dense, r=16, lora_alpha=16)
+    layer.lora_A["default"].weight.data = torch.eye(16)
+    layer.lora_B["default"].weight.data = delta = torch.eye(16) * 2**-12
+    assert torch.equal((torch.eye(16) + delta).bfloat16(), dense.weight)  # lost in a sum
     seen = []
     original = torch.addmm
     monkeypatch.setattr(

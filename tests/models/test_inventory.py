@@ -1,6 +1,5 @@
 """What `find_layers` finds: each matrix once, in a stop or with its reason."""
 
-from collections import Counter
 from functools import cache
 
 import pytest
@@ -55,43 +54,27 @@ EVERY_MODEL = pytest.mark.parametrize("name", [*ZOO, *OF_TRANSFORMERS, *OF_TIMM]
 
 
 @EVERY_MODEL
-def test_each_matrix_is_a_layer_or_skipped(name):
-    found = found_in(name)
-    assert Counter([matrix.name for matrix in (*found.layers, *found.skipped)]) == Counter(
-        list(matrices(built(name)))
-    )
-
-
-@EVERY_MODEL
-def test_each_parameter_is_there_once_unless_it_is_tied(name):
+def test_each_matrix_is_a_layer_or_skipped_with_a_reason(name):
+    """Each parameter is there once, unless it is tied."""
     model = built(name)
     found = found_in(name)
     parameters = matrices(model)
     once = [(id(layer.parameter), layer.expert) for layer in found.layers]
+    listed = [matrix.name for matrix in (*found.layers, *found.skipped)]
+    assert sorted(listed) == sorted(parameters)
+    for layer in found.layers:
+        assert layer.parameter is parameters[layer.name]
+        experts = 1 if layer.expert is None else len(layer.parameter)
+        assert layer.size == layer.read().numel() == layer.parameter.numel() // experts
     for matrix in found.skipped:
+        assert matrix.shape == tuple(parameters[matrix.name].shape)
+        assert matrix.detail
+        assert matrix.reason not in (SkipReason.QUANTIZED, SkipReason.NO_SHAPE)
         if not matrix.detail.startswith("tied to "):
             once.append((id(parameters[matrix.name]), None))
     assert len(once) == len(set(once))
     expected = {id(parameter) for parameter in model.parameters() if parameter.ndim >= 2}
     assert {parameter for parameter, _ in once} == expected
-
-
-@EVERY_MODEL
-def test_a_layer_is_a_matrix_of_its_parameter(name):
-    parameters = matrices(built(name))
-    for layer in found_in(name).layers:
-        assert layer.parameter is parameters[layer.name]
-        experts = 1 if layer.expert is None else len(layer.parameter)
-        assert layer.size == layer.read().numel() == layer.parameter.numel() // experts
-
-
-@EVERY_MODEL
-def test_a_skipped_matrix_has_its_shape_and_a_reason(name):
-    parameters = matrices(built(name))
-    for matrix in found_in(name).skipped:
-        assert matrix.shape == tuple(parameters[matrix.name].shape)
-        assert matrix.detail
-        assert matrix.reason not in (SkipReason.QUANTIZED, SkipReason.NO_SHAPE)
 
 
 @EVERY_MODEL
@@ -109,10 +92,14 @@ def test_stops_are_disjoint_and_hold_their_layers(name):
 
 
 @EVERY_MODEL
-def test_layers_are_in_model_order(name):
+def test_layers_are_in_model_order_and_those_of_one_module_are_one_stop(name):
+    """Several are its experts, which no forward tells apart."""
     order = [id(parameter) for parameter in built(name).parameters()]
-    layers = found_in(name, "layer").layers
-    assert sorted(layers, key=lambda layer: order.index(id(layer.parameter))) == list(layers)
+    found = found_in(name, "layer")
+    layers = list(found.layers)
+    assert sorted(layers, key=lambda layer: order.index(id(layer.parameter))) == layers
+    for stop in found.stops:
+        assert stop.layers == tuple(layer for layer in layers if layer.module is stop.module)
 
 
 @EVERY_MODEL
@@ -122,14 +109,6 @@ def test_sequential_changes_only_the_stops(name):
         found = found_in(name, sequential)
         assert {layer.name for layer in found.layers} == {layer.name for layer in expected.layers}
         assert found.skipped == expected.skipped
-
-
-@EVERY_MODEL
-def test_the_layers_of_one_module_are_one_stop(name):
-    """Several are its experts, which no forward tells apart."""
-    found = found_in(name, "layer")
-    for stop in found.stops:
-        assert stop.layers == tuple(layer for layer in found.layers if layer.module is stop.module)
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -251,10 +230,6 @@ ONE_LAYER = {
     "embedding_bag": (lambda: nn.EmbeddingBag(8, 8), {"part": "embedding"}),
     "int8": (int8_linear, {"part": "int8 weights"}),
     "float8": (lambda: nn.Linear(8, 8).to(torch.float8_e4m3fn), {"part": "float8_e4m3fn weights"}),
-    "parametrized": (
-        lambda: weight_norm(nn.Linear(8, 8)),
-        {f"part.parametrizations.weight.original{i}": "parametrized" for i in range(2)},
-    ),
     "one_dimensional": (lambda: nn.Conv1d(8, 8, 3), {}),
     "three_dimensional": (
         lambda: nn.Conv3d(8, 8, 3),

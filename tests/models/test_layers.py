@@ -6,8 +6,9 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import assume, given, strategies as st
+from hypothesis import given, strategies as st
 from lightning.pytorch.plugins.precision import HalfPrecision
+from support.convolutions import convolutions
 from support.disk import same
 from support.layers import rng
 from support.mlps import Holding
@@ -20,8 +21,6 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from wanda_lightning.models import find_layers
-
-MODES = ["zeros", "reflect", "replicate", "circular"]
 
 
 def layers_of(module):
@@ -56,52 +55,14 @@ def assert_round_trip(layer):
     assert torch.equal(layer.parameter, before.masked_fill(changed, 0))
 
 
-@st.composite
-def convolutions(draw):
-    """A convolution, maybe grouped, and what it takes, or a batch of that."""
-    make = draw(st.sampled_from([nn.Conv1d, nn.Conv2d, Conv2dSame]))
-    dimensions = 1 if make is nn.Conv1d else 2
-
-    def sizes(least, most):
-        return tuple(draw(st.integers(least, most)) for _ in range(dimensions))
-
-    groups = draw(st.integers(1, 4))
-    # With one channel for each of several groups, it would be depthwise.
-    channels = groups * draw(st.integers(min(groups, 2), 4))
-    options = {
-        "stride": sizes(1, 3),
-        "dilation": sizes(1, 3),
-        "groups": groups,
-        "bias": draw(st.booleans()),
-    }
-    if make is not Conv2dSame:
-        options["padding"] = draw(
-            st.one_of(st.sampled_from(["same", "valid"]), st.just(sizes(0, 3)))
-        )
-        options["padding_mode"] = draw(st.sampled_from(MODES))
-        if options["padding"] == "same":
-            options["stride"] = 1
-    module = make(channels, groups * draw(st.integers(1, 3)), sizes(1, 3), **options)
-    size = sizes(4, 8)
-    batch = (2,)
-    if make is not Conv2dSame:
-        batch = draw(st.sampled_from([(), (1,), (2,)]))
-        pads = module._reversed_padding_repeated_twice[::-1]
-        for dim, (gap, kernel) in enumerate(zip(module.dilation, module.kernel_size, strict=True)):
-            assume(size[dim] + sum(pads[2 * dim : 2 * dim + 2]) > gap * (kernel - 1))
-    return module, torch.randn(*batch, channels, *size, dtype=torch.float64)
-
-
 # PyTorch pads an image by itself where the two sides differ, and says so.
-EVEN_SAME = pytest.mark.filterwarnings(
-    "ignore:Using padding='same' with even kernel lengths:UserWarning"
-)
-
-
-@EVEN_SAME
-@given(convolutions(), st.integers(1, 2000))
-def test_a_convolution_is_a_product_of_its_tokens(case, at_once):
-    module, x = case
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+@given(convolutions(), st.sampled_from([(), (1,), (2,)]), st.integers(1, 2000))
+def test_a_convolution_is_a_product_of_its_tokens(case, batch, at_once):
+    module, shape = case
+    if isinstance(module, Conv2dSame):  # it takes batches only
+        batch = (2,)
+    x = torch.randn(*batch, *shape, dtype=torch.float64)
     layers = layers_of(module)
     names = [f"part.group{index}" for index in range(module.groups)]
     if module.groups == 1:
@@ -147,13 +108,8 @@ def test_layers_with_equal_windows_have_equal_tokens():
     tokens = {layer: layer.tokens(x) for layer in layers}
     for layer, other in itertools.product(layers, layers):
         assert (layer.window == other.window) == torch.equal(tokens[layer], tokens[other])
-
-
-def test_linear_layers_of_one_input_have_equal_tokens():
-    (linear,) = layers_of(nn.Linear(8, 2))
-    (other,) = layers_of(nn.Linear(8, 3))
-    (convolution,) = layers_of(nn.Conv2d(8, 2, 1))
-    assert linear.window == other.window != convolution.window
+    linear, other = (layers_of(nn.Linear(8, width))[0] for width in (2, 3))
+    assert linear.window == other.window != layers[0].window
 
 
 def test_padding_does_not_count_along_one_dimension():
@@ -196,29 +152,15 @@ def names_in(*modules):
     return [layer.name for layer in find_layers(nn.Sequential(*modules)).layers]
 
 
-BIAS = pytest.mark.parametrize("bias", [True, False])
-KIND = pytest.mark.parametrize("kind", [TimmLinear, FalconLinear, ByHand])
-
-
-@BIAS
-@KIND
-def test_a_forward_of_its_own_that_is_a_linear_layer_is_found(kind, bias):
-    """Also on the meta device, and while other dtypes are the default."""
-    module = kind(12, 8, bias=bias)
-    before = deepcopy(module.state_dict())
-    with torch.autocast("cpu", dtype=torch.bfloat16), HalfPrecision("bf16-true").forward_context():
-        assert names_in(module) == ["0"]
-    assert same(module.state_dict(), before)
-    assert module.in_features == 12
-    with torch.device("meta"):
-        abstract = kind(12, 8, bias=bias)
-    assert names_in(abstract) == ["0"]
-
-
-@BIAS
-@KIND
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [TimmLinear, FalconLinear, ByHand])
 def test_a_forward_of_its_own_that_is_a_linear_layer_is_pruned_as_one(kind, bias):
+    """It is found also on the meta device, and while other dtypes are the default."""
+    with torch.device("meta"):
+        assert names_in(kind(12, 8, bias=bias)) == ["0"]
     model = nn.Sequential(nn.Linear(6, 12), kind(12, 8, bias=bias), nn.Linear(8, 4))
+    with torch.autocast("cpu", dtype=torch.bfloat16), HalfPrecision("bf16-true").forward_context():
+        assert names_in(*model) == ["0", "1", "2"]
     plain = deepcopy(model)
     plain[1] = nn.Linear(12, 8, bias=bias)
     plain[1].load_state_dict(model[1].state_dict())

@@ -27,39 +27,26 @@ from wanda_lightning.modules import CausalLMModule
 pytestmark = WITHOUT_ADVICE
 
 
-@pytest.fixture(scope="module", params=MASKS)
-def case(request):
-    """A module, a batch with one kind of padding, a loader of its windows, and their perplexity by a slow loop."""
+@pytest.mark.parametrize("mask", MASKS)
+def test_all_loops_equal_the_slow_loop(mask):
     model = tiny_llama()
     batch = {"input_ids": windows_of_text()}
-    attention_mask = MASKS[request.param](batch["input_ids"])
+    attention_mask = MASKS[mask](batch["input_ids"])
     if attention_mask is not None:
         batch["attention_mask"] = attention_mask
     samples = [{name: rows[w] for name, rows in batch.items()} for w in range(7)]
-    loader = DataLoader(samples, batch_size=1 if request.param == "right padding" else 3)
+    loader = DataLoader(samples, batch_size=1 if mask == "right padding" else 3)
     with torch.no_grad():
-        expected = slow_perplexity(model(**batch).logits, **batch)
-    return CausalLMModule(model), batch, loader, pytest.approx(expected, rel=1e-5)
+        logits = model(**batch).logits
+    expected = pytest.approx(slow_perplexity(logits, **batch), rel=1e-5)
 
-
-def test_validate_and_test_equal_the_slow_loop(case):
-    module, _, loader, expected = case
+    module = CausalLMModule(model)
     assert trainer().validate(module, loader, verbose=False) == [{"val_perplexity": expected}]
     assert trainer().test(module, loader, verbose=False) == [{"test_perplexity": expected}]
-    assert module.model.training
-
-
-def test_predict_returns_the_loss_of_each_window(case):
-    module, _, loader, expected = case
+    assert model.training
     losses = torch.cat(trainer().predict(module, loader))
     assert losses[~losses.isnan()].mean().exp().item() == expected
-
-
-def test_a_metric_can_be_updated_after_a_loop_which_runs_in_inference_mode(case):
-    module, batch, loader, expected = case
-    trainer().validate(module, loader, verbose=False)
-    with torch.no_grad():
-        module.val_perplexity.update(module(**batch).logits, **batch)
+    module.val_perplexity.update(logits, **batch)  # after loops, which run in inference mode
     assert module.val_perplexity.compute().item() == expected
 
 

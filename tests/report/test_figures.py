@@ -39,11 +39,7 @@ def test_values_by_kind_and_block():
     labels = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
     assert sparsity.labels == labels.split()
 
-
-def test_the_cells_show_the_sparsities_in_percent():
-    _, report = pruned("llama", method="sparsegpt", allocation="owl")
-    (plot, *_) = plots_of(report)
-    drawn = to_svg(plot, 970)
+    drawn = to_svg(plots_of(report)[0], 970)
     for layer in report.layers:
         assert f">{100 * layer.sparsity:.0f}</text>" in drawn
 
@@ -97,23 +93,14 @@ def test_the_experts_of_each_block():
         assert crosses.get_offsets().tolist() == [[column, 0] for column in gone]
 
 
-EACH = pytest.mark.parametrize(
-    "name", with_nightly(["llama", "mixtral", "t5", "vit", "resnet18"], ZOO)
-)
-
-
-@EACH
-def test_every_parameter_is_counted_once(name):
+@pytest.mark.parametrize("name", with_nightly(["llama", "mixtral", "t5", "vit", "resnet18"], ZOO))
+def test_every_parameter_is_counted_once_and_every_kind_has_a_label_of_its_own(name):
     model, report = pruned(name)
     bars = weights_by_kind(report)
     assert sum(bar.size for bar in bars) == number_of_weights(model)
     assert sum(bar.zeros for bar in bars) == sum(layer.zeros for layer in report.layers)
     assert len({bar.name for bar in bars}) == len(bars)
 
-
-@EACH
-def test_every_kind_has_a_label_of_its_own(name):
-    _, report = pruned(name)
     grid = Grid(report, "sparsity")
     assert len(set(grid.labels)) == len(grid.kinds)
     for kind, label in zip(grid.kinds, grid.labels, strict=True):

@@ -37,8 +37,8 @@ WANDA = {"method": "wanda"}
 
 @forks.IN_ONE_WORKER
 @pytest.mark.parametrize("name", with_nightly(["owl_layer", "experts_block"], ["experts"]))
-def test_a_killed_run_continues_where_it_was(source_for, streamed, tmp_path, name):
-    (expected, whole), out = streamed(name), tmp_path / "out"
+def test_a_killed_run_continues_where_it_was(source_for, streamed, out, name):
+    expected, whole = streamed(name)
     for after in (1, 2, 4, 5):
         assert (
             forks.run(prune_until_killed, source_for(name), out, after, CHOICES[name]).returncode
@@ -110,21 +110,21 @@ def test_a_continued_run_has_no_written_block_in_memory(source_for, out, monkeyp
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_run_that_was_interrupted_while_it_copied_tensors_continues(
-    copied, tmp_path, monkeypatch, number
+    copied, tmp_path, out, monkeypatch, number
 ):
     predictions = add_predictions(copied)
     expected = stream(copied, tmp_path / "whole", batches(), **WANDA)
     interrupted(
         copied,
-        tmp_path / "out",
+        out,
         monkeypatch,
         at=f"copied from {sorted(copied.glob('*.safetensors'))[-number].name}",
         method="wanda",
     )
-    assert not (tmp_path / "out/config.json").exists()
-    report = stream(copied, tmp_path / "out", batches(), **WANDA)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert predictions.keys() < weights(tmp_path / "out").keys()
+    assert not (out / "config.json").exists()
+    report = stream(copied, out, batches(), **WANDA)
+    assert contents(out) == contents(tmp_path / "whole")
+    assert predictions.keys() < weights(out).keys()
     assert report.notes == expected.notes
 
 
@@ -167,8 +167,8 @@ def test_a_block_that_cannot_be_written_is_an_error(source, out, monkeypatch):
     assert not (out / "config.json").exists()
 
 
-def test_other_choices_are_refused(source, copied, tmp_path, monkeypatch):
-    interrupted(source, tmp_path / "out", monkeypatch, method="wanda")
+def test_other_choices_are_refused(source, copied, tmp_path, out, monkeypatch):
+    interrupted(source, out, monkeypatch, method="wanda")
     before = sorted(tmp_path.rglob("*"))
 
     for changed, message in (
@@ -180,7 +180,7 @@ def test_other_choices_are_refused(source, copied, tmp_path, monkeypatch):
     ):
         arguments = {
             "source": source,
-            "output": tmp_path / "out",
+            "output": out,
             "batches": batches(),
             **WANDA,
             **changed,
@@ -188,12 +188,12 @@ def test_other_choices_are_refused(source, copied, tmp_path, monkeypatch):
         with refuses(f"begun with other choices, data or weights: {message}. Use the same"):
             stream(**arguments)
         assert sorted(tmp_path.rglob("*")) == before
-    (tmp_path / "out" / ".wanda-left").mkdir()  # of a run that was killed while it finished
-    whole = tmp_path / "out" / ".wanda-whole"  # of one that was killed while it replaced the folder
+    (out / ".wanda-left").mkdir()  # of a run that was killed while it finished
+    whole = out / ".wanda-whole"  # of one that was killed while it replaced the folder
     whole.mkdir()
     (whole / "model.safetensors").touch()
-    stream(source, tmp_path / "out", batches(), **WANDA)
-    assert list((tmp_path / "out").glob(".wanda-*")) == [whole]
+    stream(source, out, batches(), **WANDA)
+    assert list(out.glob(".wanda-*")) == [whole]
 
 
 @pytest.mark.parametrize(

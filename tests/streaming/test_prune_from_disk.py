@@ -43,11 +43,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 # Variants of other choices, which take the same way through the files.
 LIKE_OTHERS = {
     "wanda",
-    "admm",
     "owl without statistics",
     "none without statistics",
     "permutation",
-    "structured_magnitude",
     "structured_reconstruct",
 }
 

@@ -30,24 +30,19 @@ IDS = torch.randint(64, (4, 16), generator=rng())
 prune_units = partial(wl.prune, pattern="structured", progress=False)
 
 
-def prune_llama(folder):
-    """Save a model with zero units."""
-    model = MODELS["llama"]()
-    model.config.num_nextn_predict_layers = 1
-    prune_units(model, [{"input_ids": IDS}])
-    model.save_pretrained(folder)
-
-
 def shrink(folder):
     return wl.shrink_from_disk(folder / "zeros", folder / "small")
 
 
 @pytest.mark.parametrize(("name", "allocation"), spread(MODELS, ["uniform", "fisher"]))
-def test_equals_the_model_that_was_shrunk_in_memory(name, allocation, tmp_path):
+def test_equals_the_model_that_was_shrunk_in_memory(name, allocation, tmp_path, monkeypatch):
+    """Only one block is in memory."""
     model = MODELS[name]()
     prune_units(model, [{"input_ids": IDS}], 0.4, allocation=allocation)
     model.save_pretrained(tmp_path / "zeros")
+    _, counts = count_blocks(monkeypatch)
     report = shrink(tmp_path)
+    assert max(counts) == 1
     with torch.no_grad():
         expected = model(IDS).logits
     assert report == wl.shrink(model)
@@ -61,7 +56,10 @@ def test_equals_the_model_that_was_shrunk_in_memory(name, allocation, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:The model .* has no place")
 def test_what_may_not_fit_is_left_out(tmp_path, caplog):
-    prune_llama(tmp_path / "zeros")
+    model = MODELS["llama"]()
+    model.config.num_nextn_predict_layers = 1
+    prune_units(model, [{"input_ids": IDS}])
+    model.save_pretrained(tmp_path / "zeros")
     predictions = add_predictions(tmp_path / "zeros")
     report = shrink(tmp_path)
     assert not predictions.keys() & weights(tmp_path / "small").keys()
@@ -69,13 +67,6 @@ def test_what_may_not_fit_is_left_out(tmp_path, caplog):
     note = "transformers does not load 2 stored tensors, mtp.fc.weight first: left out"
     assert note in str(report)
     assert note in caplog.text
-
-
-def test_only_one_block_is_in_memory(tmp_path, monkeypatch):
-    prune_llama(tmp_path / "zeros")
-    _, counts = count_blocks(monkeypatch)
-    shrink(tmp_path)
-    assert max(counts) == 1
 
 
 def test_scattered_zeros_leave_no_folder(tmp_path):

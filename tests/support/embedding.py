@@ -10,25 +10,7 @@ from support.layers import rng, seed
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-WORDS = [
-    "a",
-    "cat",
-    "dog",
-    "man",
-    "woman",
-    "sleeps",
-    "runs",
-    "eats",
-    "sees",
-    "the",
-    "old",
-    "young",
-    "big",
-    "red",
-    "house",
-    ".",
-    "!",
-]
+WORDS = "a cat dog man woman sleeps runs eats sees the old young big red house . !"
 SENTENCES = [
     f"a {kind} {who} {does} {what} ."
     for kind, who, does, what in itertools.product(
@@ -47,7 +29,7 @@ PAIRS = [
 def save_tiny(folder):
     """Save a model with random weights, whose tokenizer knows `WORDS`, and return its folder."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    vocabulary = {word: number for number, word in enumerate(special + WORDS)}
+    vocabulary = {word: number for number, word in enumerate(special + WORDS.split())}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))

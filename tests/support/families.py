@@ -34,11 +34,11 @@ from torch.utils._pytree import tree_leaves
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from wanda_lightning import ImageClassifierModule, Structured, shrink
+from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import find_layers
 from wanda_lightning.units.fit_configuration import auto_classes, refuse_unloadable
 
 aten = torch.ops.aten
-SEQUENTIAL = ("block", "layer", "none")
 PATTERNS = ("unstructured", "2:4")
 ORDINARY = "ordinary"
 OWN_FILE = "with a modeling file"
@@ -83,7 +83,11 @@ def check(family, slowly=True, ways=None):
     batches = family.batches()
     assert all(_finite(_outputs(dense, batch)) for batch in batches), "outputs of the dense model"
     if ways is None:
-        ways = list(product(SEQUENTIAL if family.kind == "timm" else SEQUENTIAL[:2], PATTERNS))
+        ways = list(
+            product(
+                SEQUENTIAL_CHOICES if family.kind == "timm" else SEQUENTIAL_CHOICES[:2], PATTERNS
+            )
+        )
 
     for sequential, pattern in ways:
         model = deepcopy(dense)

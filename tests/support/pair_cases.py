@@ -75,12 +75,6 @@ def prune_both(model, batches, forward=None, **choices):
     return prune_as(plan, batches, forward=forward, progress=False)
 
 
-def whole_after(model, batches, **choices):
-    """Prune a model together; return its weights and the report."""
-    report = prune_both(model, batches, **choices)
-    return whole(model), report
-
-
 def counted(processes):
     """How many numbers the processes add up from now on, one entry for each message."""
     sent = []
@@ -147,14 +141,18 @@ def failures(rank, who):
 
 
 def replicated(rank, name, shares=None, size=None, times=1, wide=False, **choices):
-    """Prune a specimen that both processes have, maybe in float64, and with batches of another size."""
+    """Prune a specimen that both processes have, maybe in float64, and with batches of another size.
+
+    Return its weights and the report.
+    """
     model = model_of(name)
     if wide:
         model = model.double()
     batches = batches_of(name) * times
     if size is not None:
         batches = split(batches, size)
-    return whole_after(model, iter(share_of(batches, rank, shares)), **choices)
+    report = prune_both(model, iter(share_of(batches, rank, shares)), **choices)
+    return whole(model), report
 
 
 class Fork(nn.Module):
@@ -269,13 +267,15 @@ def prune_shards(rank, folder):
         run(model, batches[0])
     refusal = attempt(lambda: prune_both(model, batches))
     assert attempt(lambda: prune_both(model.model.layers[0], batches)) == refusal
-    fit = trainer(strategy_named("fsdp2"), wl.WandaPrune()).fit
+    fit = trainer("fsdp2", wl.WandaPrune()).fit
     loader = DataLoader(SAMPLES, batch_size=2)
     assert attempt(lambda: fit(Regression(True), loader)) == refusal
     return refusal
 
 
 def trainer(strategy, *callbacks, **options):
+    if strategy == "fsdp2":
+        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     options = {"max_steps": 3, "num_sanity_val_steps": 1, "devices": 2, **options}
     return callbacks_trainer(*callbacks, strategy=strategy, **options)
 
@@ -310,12 +310,6 @@ class Regression(L.LightningModule):
 SAMPLES = torch.randn(16, 16, generator=rng(2))
 
 
-def strategy_named(name):
-    if name == "fsdp2":
-        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-    return name
-
-
 class Final(L.Callback):
     """The weights before and after training."""
 
@@ -338,7 +332,7 @@ def fit_with(rank, strategy, make, zeros_in=None, blocks=True):
     callback = make()
     final = Final()
     loaders = DataLoader(SAMPLES, batch_size=2), DataLoader(SAMPLES, batch_size=2)
-    trainer(strategy_named(strategy), callback, final).fit(module, *loaders)
+    trainer(strategy, callback, final).fit(module, *loaders)
     return final.pruned, final.trained, getattr(callback, "report", None)
 
 
@@ -382,7 +376,7 @@ def distill(rank, strategy):
         batches = batches[:, rank::2]
         devices = 2
     fit = trainer(
-        strategy_named(strategy),
+        strategy,
         wl.KeepZeros(),
         wl.DistillFromDense(dense),
         devices=devices,
@@ -396,9 +390,7 @@ def fit_llama(rank, folder, saved):
     """Train a pruned model that FSDP2 shards, and save it; what is sharded, what is refused, and the weights."""
     module = CausalLMModule(folder)
     windows = [batch["input_ids"] for batch in batches_of("llama")]
-    trainer(strategy_named("fsdp2"), wl.KeepZeros()).fit(
-        module, DataLoader(windows, batch_size=None)
-    )
+    trainer("fsdp2", wl.KeepZeros()).fit(module, DataLoader(windows, batch_size=None))
     module.configure_model()  # a second call does nothing
     sharded = [type(inner).__name__ for inner in module.modules() if isinstance(inner, FSDPModule)]
     refused = [attempt(lambda: module.save_pretrained(saved, shrink=True))]
@@ -423,7 +415,7 @@ def save_classifier(rank, folder):
 
 
 def save_shards(rank, folder):
-    fit = trainer(strategy_named("fsdp2"), SavePretrained(folder)).fit
+    fit = trainer("fsdp2", SavePretrained(folder)).fit
     return attempt(lambda: fit(CausalLMModule(model_of("llama")), DataLoader(SAMPLES)))
 
 

@@ -94,21 +94,16 @@ def surgeon(weight, tokens, dampening, keep):
     return weight
 
 
-def least_squares(weight, tokens, dampening, keep):
-    """The kept weights of each row that give the nearest outputs, by lstsq on the tokens and the pull."""
+def assert_least_squares(pruned, weight, tokens, dampening, keep):
+    """The kept weights of each row give the nearest outputs, by lstsq on the tokens and the pull."""
+    weight, tokens, keep = (tensor.numpy() for tensor in (weight, tokens, keep))
     pull = np.sqrt(dampening * np.mean(np.sum(tokens**2, axis=0)))
     design = np.concatenate([tokens, pull * np.eye(tokens.shape[1])])
     fitted = np.zeros(weight.shape)
     for row in range(weight.shape[0]):
         kept = np.flatnonzero(keep[row])
         fitted[row, kept] = np.linalg.lstsq(design[:, kept], design @ weight[row], rcond=None)[0]
-    return fitted
-
-
-def assert_least_squares(pruned, weight, tokens, dampening, keep):
-    """The kept weights of each row give the nearest outputs."""
-    expected = least_squares(weight.numpy(), tokens.numpy(), dampening, keep.numpy())
-    np.testing.assert_allclose(pruned.numpy(), expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(pruned.numpy(), fitted, rtol=1e-5, atol=1e-7)
 
 
 def admm(weight, tokens, dampening, rhos, choose):

@@ -25,33 +25,33 @@ EXPERTS = 4
 _SIZES = [  # the first pattern that a name matches as a whole counts
     (
         2,
-        r".*(key_value|kv|kv_n|key)_heads|num_experts_per_tok(en)?|moe_(topk|k|top_k)|index_n_heads|hc_(mult|count)",
-    ),
-    (
-        2,
+        r".*(key_value|kv|kv_n|key)_heads|num_experts_per_tok(en)?|moe_(topk|k|top_k)|index_n_heads|hc_(mult|count)|"
         r"zero_expert_num|(num_expert|n)_group|cross_attn_k|num_kv_shared_layers|num_random_blocks",
     ),
     (HEAD, r"decoder_num_attention_heads"),
     (HEADS, r".*heads|n_head|num_query_groups"),
-    (1, r"topk_group|num_nextn_predict_layers|num_hash_functions|.*hash_byte_group_nb_functions"),
-    (1, r"first_k_dense_replace|num_dense_layers|moe_layer_start_index"),
+    (
+        1,
+        r"topk_group|num_nextn_predict_layers|num_hash_functions|.*hash_byte_group_nb_functions|"
+        r"first_k_dense_replace|num_dense_layers|moe_layer_start_index",
+    ),
     (
         LAYERS,
-        r"(conf_)?num_((hidden|encoder|decoder|global|lstm)_)?layers(_per_stack)?|n_(\w+_)?layers?",
+        r"(conf_)?num_((hidden|encoder|decoder|global|lstm)_)?layers(_per_stack)?|n_(\w+_)?layers?|"
+        r"(en|de)coder_layers|depth|num_blocks",
     ),
-    (LAYERS, r"(en|de)coder_layers|depth|num_blocks"),
     (EXPERTS, r"(moe_)?num_(local_)?experts|n_routed_experts"),
     (VOCABULARY, r".*vocab(_size.*)?|codebook_size|max_text_length"),
     (
         INNER,
-        r".*(intermediate_size(_mlp)?|ffn_dim|ffn_hidden_size|shared_experts?_\w*size)|d(im)?_?ff|d_inner|n_inner",
+        r".*(intermediate_size(_mlp)?|ffn_dim|ffn_hidden_size|shared_experts?_\w*size)|d(im)?_?ff|d_inner|n_inner|"
+        r"(inner|mlp)_dim|feed_forward_size|prompt_mid_dim|mamba_d_ssm|block_multiple_of",
     ),
-    (INNER, r"(inner|mlp)_dim|feed_forward_size|prompt_mid_dim|mamba_d_ssm|block_multiple_of"),
     (
         64,
-        r".*(position_embeddings|max_(target|source)_positions)|n_positions|max_seq_len|model_max_length|n_ctx",
+        r".*(position_embeddings|max_(target|source)_positions)|n_positions|max_seq_len|model_max_length|n_ctx|"
+        r"context_length|(image_)?seq_length|mem_len|max_inference_chunksize|chroma_length",
     ),
-    (64, r"context_length|(image_)?seq_length|mem_len|max_inference_chunksize|chroma_length"),
     (
         16,
         r"[qkvo]+_lora_rank|(qk|index|attention)_head_dim|mamba_(d_head|headdim|head_dim)|rank|conv_dim|num_filters",
@@ -59,22 +59,16 @@ _SIZES = [  # the first pattern that a name matches as a whole counts
     (32, r"image_size|crop_size|(prompt|segment)_types|.*num_buckets|num_centroids"),
     (
         HEAD,
-        r".*(head_dim|_rank|lowrank|window(_size|_len)?|chunk_size|chunk_length|state_size|d_state)|kv_channels",
-    ),
-    (
-        HEAD,
-        r"d_kv|d_head|dim_head|attention_head_size|rotary_dim|hidden_size_per_layer_input|d_rel|local_attention",
-    ),
-    (HEAD, r"index_topk|prompt_length|patch_size|(index_)?block_size|rel_extent"),
-    (
-        HIDDEN,
-        r".*(hidden_sizes?|hidden_size_global|embd?_dim|embed_dim|embedding_(dim|size)|embed_proj_dim|put_dim)",
+        r".*(head_dim|_rank|lowrank|window(_size|_len)?|chunk_size|chunk_length|state_size|d_state)|kv_channels|"
+        r"d_kv|d_head|dim_head|attention_head_size|rotary_dim|hidden_size_per_layer_input|d_rel|local_attention|"
+        r"index_topk|prompt_length|patch_size|(index_)?block_size|rel_extent",
     ),
     (
         HIDDEN,
-        r".*(_(in|out)_dim|hidden_dimension|bottleneck_size|input_size)|d_model|n_embd|dim|lru_width",
+        r".*(hidden_sizes?|hidden_size_global|embd?_dim|embed_dim|embedding_(dim|size)|embed_proj_dim|put_dim)|"
+        r".*(_(in|out)_dim|hidden_dimension|bottleneck_size|input_size)|d_model|n_embd|dim|lru_width|"
+        r"projection_dim|linear_attn_dim|codebook_dim|output_channels",
     ),
-    (HIDDEN, r"projection_dim|linear_attn_dim|codebook_dim|output_channels"),
 ]
 _LAYERS = {
     "num_hidden_layers",

@@ -82,10 +82,19 @@ def test_it_is_adamw_on_the_divergence(count, passes, batch_size):
     assert len(report.training.passes) == passes + 1
 
 
-def test_of_fewer_than_eight_samples_none_is_held_out():
-    report = prune(classifier(), some_batches(7), recovery=Distill(passes=1))
-    assert (report.training.trained, report.training.held_out) == (7, 0)
-    assert "too few samples to hold any out" in report.notes[-1]
+@pytest.mark.parametrize(
+    ("count", "held_out", "note"),
+    [
+        (7, 0, "too few samples to hold any out"),
+        (16, 2, "on 2 held-out samples, before and after each pass"),
+    ],
+)
+def test_of_fewer_than_eight_samples_none_is_held_out(count, held_out, note):
+    report = prune(classifier(), some_batches(count), recovery=Distill(passes=1))
+    training = report.training
+    assert (training.trained, training.held_out) == (count - held_out, held_out)
+    assert training.passes[0].loss is None
+    assert note in report.notes[-1]
 
 
 @pytest.mark.parametrize(
@@ -216,10 +225,10 @@ def test_weights_may_have_any_layout():
     model = classifier(torch.float32)
     batches = some_batches(4, dtype=torch.float32)
     expected = deepcopy(model)
-    first = model.body[0].weight.detach()
-    second = model.body[3].weight.detach()
-    model.body[0].weight = nn.Parameter(first.t().contiguous().t())
-    model.body[3].weight = nn.Parameter(second.repeat(1, 2)[:, : second.shape[1]])
+    first = model.body[0].weight
+    second = model.body[3].weight
+    first.data = first.t().contiguous().t()
+    second.data = second.repeat(1, 2)[:, :12]
     for pruned in (model, expected):
         prune(pruned, batches, 0.5, recovery=Distill(passes=2))
     assert_close_states(model, expected)
@@ -243,16 +252,15 @@ def test_a_model_may_be_called_with_a_key_value_cache():
     models = []
     for use_cache in (False, True):
         model = model_of("llama").double()
-        forward = partial(called_with, use_cache, model)
+
+        def forward(batch, model=model, use_cache=use_cache):
+            output = model(**batch, use_cache=use_cache)
+            assert (output.past_key_values is not None) == use_cache
+            return output
+
         prune(model, batches_of("llama"), recovery=Distill(passes=1), forward=forward)
         models.append(model)
     assert_close_states(*models)
-
-
-def called_with(use_cache, model, batch):
-    output = model(**batch, use_cache=use_cache)
-    assert (output.past_key_values is not None) == use_cache
-    return output
 
 
 def test_frozen_parameters_and_gradients_are_left_alone():
@@ -303,11 +311,12 @@ def test_the_classes_of_a_segmentation_are_in_dimension_1():
             return {"logits": logits.flatten(2).mT if self.flat else logits}
 
     batches = [torch.randn(2, 3, 2, 6, generator=rng(i)).double() for i in range(4)]
-    models = Segmentation(flat=True), Segmentation(flat=False)
-    reports = [prune(model, batches, 0.5, recovery=Distill(passes=2)) for model in models]
-    assert_close(models[0].state_dict(), models[1].state_dict())
-    losses = [[each.loss for each in report.training.passes[1:]] for report in reports]
-    assert losses[0] == pytest.approx(losses[1])
+    results = []
+    for flat in (True, False):
+        model = Segmentation(flat)
+        report = prune(model, batches, 0.5, recovery=Distill(passes=2))
+        results.append((model.state_dict(), report.training.passes[2].loss))
+    assert_close(*results)
 
 
 def test_an_interruption_leaves_the_best_weights(monkeypatch, caplog):
@@ -349,12 +358,6 @@ def test_a_loss_that_is_not_finite_stops():
     start, model, report = pruned_with_and_without(Fragile().double(), batches, recovery="distill")
     assert "was not finite, so training stopped" in report.training.stopped
     assert_same(model, start)
-
-
-def test_the_report_has_the_losses_before_and_after_each_pass():
-    report = prune(classifier(), some_batches(16), 0.5, recovery="distill")
-    assert report.training.passes[0].loss is None
-    assert "on 2 held-out samples, before and after each pass" in report.notes[-1]
 
 
 @pytest.mark.parametrize("name", ["llama", "convnext"])
@@ -427,30 +430,27 @@ class Masked(Headed):
         return super().forward(x).index_fill(1, torch.tensor([4]), self.logit)
 
 
-@pytest.mark.parametrize("choice", [{"recovery": "distill"}, {"method": "thorough"}])
-def test_impossible_classes_do_not_count(choice):
-    model = Masked(-math.inf).double()
-    improbable = Masked(-1e4).double()  # its probability is 0
-    improbable.load_state_dict(model.state_dict())
-    batches = some_batches(4)
-    for each in (model, improbable):
-        report = prune(each, batches, 0.5, **choice)
+class Padded(Headed):
+    """Adds a logit behind the head."""
+
+    def forward(self, x):
+        return torch.cat([super().forward(x), torch.full((len(x), 1), -math.inf)], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("impossible", "other", "choice"),
+    [
+        (Masked(-math.inf), Masked(-1e4), {"recovery": "distill"}),  # its probability is 0
+        (Masked(-math.inf), Masked(-1e4), {"method": "thorough"}),
+        (Padded(), Headed(), {"recovery": "distill"}),
+    ],
+)
+def test_impossible_classes_do_not_count(impossible, other, choice):
+    other.load_state_dict(impossible.state_dict())
+    for model in (impossible, other):
+        report = prune(model.double(), some_batches(4), 0.5, **choice)
         assert math.isfinite(report.training.passes[-1].loss)
-    assert_close_states(model, improbable)
-
-
-def test_logits_that_the_model_adds_behind_the_head():
-    class Padded(Headed):
-        def forward(self, x):
-            return torch.cat([super().forward(x), torch.full((len(x), 1), -math.inf)], dim=1)
-
-    model = Padded().double()
-    batches = some_batches(4)
-    plain = Headed().double()
-    plain.load_state_dict(model.state_dict())
-    for each in (model, plain):
-        prune(each, batches, 0.5, recovery="distill")
-    assert_close_states(model, plain)
+    assert_close_states(impossible, other)
 
 
 @pytest.mark.parametrize("own_forward", [False, True])

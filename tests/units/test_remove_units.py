@@ -168,20 +168,17 @@ def test_the_report_has_the_sparsity_of_each_layer(pruned):
         assert f"{number} of {units.width} hidden units are zero" in records[reader].note
 
 
-def test_the_report_lists_all_matrices(pruned):
+def test_the_report_lists_all_matrices_and_names_the_number_of_units_once(pruned):
     report = pruned.report
     parameters = pruned.model.named_parameters(remove_duplicate=False)
     assert sorted(matrix.name for matrix in (*report.layers, *report.skipped)) == sorted(
         key.removesuffix(".weight") for key, p in parameters if p.ndim > 1
     )
-
-
-def test_the_report_names_the_number_of_units_once(pruned):
     number = sum(int(zero.sum()) for zero in pruned.zero.values())
     width = sum(units.width for units in pruned.units.values())
     text = f"{number} of {width} hidden units are zero; shrink()"
-    assert sum(text in note for note in pruned.report.notes) == 1
-    assert text in str(pruned.report)
+    assert sum(text in note for note in report.notes) == 1
+    assert text in str(report)
 
 
 class TwoReaders(Mlp):
