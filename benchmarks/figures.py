@@ -163,12 +163,7 @@ def frontier():
 
 def _short(method):
     """Return the name of a method without Markdown."""
-    return (
-        LABELS[method]
-        .replace("`", "")
-        .replace('sequential="layer"', "layer")
-        .replace("with a permutation", "permuted")
-    )
+    return LABELS[method].replace("`", "").replace('sequential="layer"', "layer")
 
 
 def draw_frontier(data):

@@ -25,7 +25,7 @@ FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 PART = re.compile(r"(<!-- generated: ([^>]+?) -->\n).*?(<!-- /generated -->)", re.DOTALL)
 GOALS = ("50 %", "60 %", "2:4")
 IMAGE_MODEL = "efficientnet_lite0"
-CHOICES = ("criterion", "solver", "allocation", "recovery", "permutation")
+CHOICES = ("criterion", "solver", "allocation", "recovery")
 PRESETS = {
     "fast": ("Wanda in one pass", "a first look, or at most 50 %"),
     "balanced": ("mask and weights together, by ADMM", "most of the time"),
@@ -200,13 +200,11 @@ def choices(table):
     for name, method in getattr(methods, table).items():
         made = {part: getattr(method, part)() for part in CHOICES if getattr(method, part)}
         shown = {part: _short(made[part]) if part in made else "its own" for part in CHOICES}
-        also = ", ".join(filter(None, (shown["permutation"], shown["recovery"])))
-
         group = method.group
         if not group:
             solver = made["solver"]
             group = solver.group(made.get("criterion", solver.own_criterion))
-        cells = [shown["criterion"], shown["solver"], shown["allocation"], also]
+        cells = [shown["criterion"], shown["solver"], shown["allocation"], shown["recovery"]]
         within = group.replace("_", ", rows ")
         rows.append([f"`{name}`", *cells, within, f"`{method.sequential}`"])
     headings = ("name", "criterion", "solver", "allocation", "also", "within", "sequential")

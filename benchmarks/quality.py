@@ -58,13 +58,9 @@ TEXT = {
     **{name: {"method": name} for name in PRESETS},
     "thorough, 3 passes": {"method": "thorough", "recovery": Distill(passes=3)},
     "admm+reconstruct": {"method": "admm", "recovery": "reconstruct"},
-    "wanda+permutation": {"method": "wanda", "permutation": "assignment"},
-    "balanced+permutation": {"method": "balanced", "permutation": "assignment"},
-    "best-permutation": {"method": "best", "permutation": "none"},
     "best-row_weights": {"method": "best", "pattern": Unstructured("layer")},
 }
 UNSTRUCTURED = ("variant", "owl", "fisher", "best-row_weights", "best+row_weights")  # not for N:M
-PERMUTED = ("wanda+permutation", "balanced+permutation", "best-permutation")  # only for N:M
 
 
 def _biases_kept(name):
@@ -103,8 +99,6 @@ PHOTOS = {
 for name, choices in IMAGES.items():
     if name.startswith("best+") or " at " in name:
         PHOTOS[name] = choices
-PHOTOS["best-permutation"] = TEXT["best-permutation"]
-PHOTOS["best-permutation at layer"] = {**TEXT["best-permutation"], "sequential": "layer"}
 WINDOWS = 16  # for calibration, in the table of all methods
 CALIBRATION_PHOTOS = 512  # likewise
 EPOCHS = 30  # of training on digits
@@ -170,9 +164,7 @@ def cells_of(options, known, goals):
 
 def is_for(method, goal):
     """Whether a method can prune to a goal."""
-    if ":" in goal:
-        return method not in UNSTRUCTURED
-    return method not in PERMUTED
+    return ":" not in goal or method not in UNSTRUCTURED
 
 
 def prune_and_measure(language, choices):

@@ -34,7 +34,7 @@ from transformers import LlamaForCausalLM
 
 from wanda_lightning import prune_from_disk
 
-CHOICES = ("sequential", "pattern", "permutation", "recovery")
+CHOICES = ("sequential", "pattern", "recovery")
 
 
 def build(folder, config):
@@ -80,7 +80,6 @@ class Options:
     method: Sequence[str] = ("wanda",)
     sequential: str = "block"
     pattern: str = ""
-    permutation: str = ""
     recovery: str = ""
     save: str = ""
 

@@ -13,7 +13,6 @@ from wanda_lightning import (
     ADMM,
     OWL,
     Magnitude,
-    NoPermutation,
     NoRecovery,
     PruningConfig,
     Reconstruct,
@@ -29,7 +28,6 @@ from wanda_lightning.methods import (
     ALLOCATIONS,
     CRITERIA,
     PATTERNS,
-    PERMUTATIONS,
     PRESETS,
     RECOVERIES,
     SOLVERS,
@@ -41,7 +39,6 @@ TABLES = {
     "allocation": ALLOCATIONS,
     "solver": SOLVERS,
     "recovery": RECOVERIES,
-    "permutation": PERMUTATIONS,
 }
 
 
@@ -53,7 +50,6 @@ def test_the_defaults_are_wanda():
         allocation=Uniform(),
         solver=ZeroOut(),
         recovery=NoRecovery(),
-        permutation=NoPermutation(),
         sequential="auto",
         skip=(),
         only=(),
@@ -122,7 +118,6 @@ REFUSED = r"""
 - [{solver: admm, criterion: ria}, "solver='admm', because the solver scores the weights"]
 - [{solver: sparsegpt, criterion: ria}, "solver='sparsegpt', because the one compares whole rows"]
 - [{recovery: reconstruct, sequential: layer}, "sequential='layer', because the recovery"]
-- [{permutation: assignment}, "pattern='unstructured_row', because this pattern"]
 """
 
 

@@ -47,10 +47,6 @@ if TYPE_CHECKING:
         Structured as Structured,
         Unstructured as Unstructured,
     )
-    from wanda_lightning.core.permutation import (
-        Assignment as Assignment,
-        NoPermutation as NoPermutation,
-    )
     from wanda_lightning.core.selection import Selection as Selection
     from wanda_lightning.core.solvers import (
         ADMM as ADMM,
@@ -95,7 +91,6 @@ _HOMES = {
     "core.allocation": "Allocation DenseLayer Fisher OWL PerLayer Uniform match_target",
     "core.criteria": "Criterion Magnitude RIA Wanda",
     "core.patterns": "EqualShare Experts NM Pattern Structured Unstructured",
-    "core.permutation": "Assignment NoPermutation",
     "core.selection": "Selection",
     "core.solvers": "ADMM Refit Solver SparseGPT ZeroOut",
     "core.statistics": "InputStatistics",

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from wanda_lightning.core.allocation import Allocation
     from wanda_lightning.core.criteria import Criterion
     from wanda_lightning.core.patterns import Pattern
-    from wanda_lightning.core.permutation import Permutation
     from wanda_lightning.core.solvers import Solver
     from wanda_lightning.training import Recovery
 else:
@@ -38,7 +37,6 @@ class PruningChoices(TypedDict, total=False):
     pattern: Pattern | str
     allocation: Allocation | str | None
     recovery: Recovery | str | None
-    permutation: Permutation | str | None
     sequential: str | None
     skip: str | Sequence[str]
     only: str | Sequence[str]
@@ -64,7 +62,6 @@ class PruningConfig:
     allocation: Allocation
     solver: Solver
     recovery: Recovery
-    permutation: Permutation
     sequential: str
     skip: tuple[str, ...]
     only: tuple[str, ...]
@@ -81,7 +78,6 @@ class PruningConfig:
         allocation: Allocation | str | None = None,
         solver: Solver | str | None = None,
         recovery: Recovery | str | None = None,
-        permutation: Permutation | str | None = None,
         sequential: str | None = None,
         skip: str | Sequence[str] = (),
         only: str | Sequence[str] = (),
@@ -108,14 +104,11 @@ class PruningConfig:
                 outliers (`owl`) or the predictions depend more (`fisher`; for hidden units also by cost).
             solver: How the final weights are computed: by zeroing alone (`zero_out`), or by updating the rest too.
             recovery: How kept weights are trained: not at all (`none`), by block (`reconstruct`), or all (`distill`).
-            permutation: How hidden units are permuted before N:M: not at all (`none`), or inside MLPs and heads so that
-                groups keep larger scores (`assignment`). The dense model computes the same, to rounding.
             sequential: What is pruned before the statistics are collected: the earlier blocks (`block`), all earlier
                 layers (`layer`) or nothing (`none`); `auto` means none for image models, layer for structured patterns,
                 else block; `one_pass` means none for image models, else layer; and both mean block instead of layer if
                 a recovery trains blocks.
-            skip: Layers to leave dense: names, globs, or `re:` and a regular expression. A permutation may change the
-                order of their rows and columns.
+            skip: Layers to leave dense: names, globs, or `re:` and a regular expression.
             only: Layers to prune, by default all, named in the same way. `skip` takes precedence.
             keep_batch_norm: Leave the running statistics of BatchNorm layers as they are, instead of correcting them.
         """
@@ -141,8 +134,6 @@ class PruningConfig:
         # Methods choose these for the patterns that leave something to choose.
         has_fixed_sparsity = chosen_pattern.fixed_sparsity is not None
         usual_allocation = methods.ALLOCATIONS["uniform"] if has_fixed_sparsity else base.allocation
-        has_groups = chosen_pattern.group_size > 0
-        usual_permutation = base.permutation if has_groups else methods.PERMUTATIONS["none"]
         return cls(
             sparsity=sparsity,
             criterion=chosen_criterion,
@@ -150,7 +141,6 @@ class PruningConfig:
             allocation=_resolve("allocation", allocation, usual_allocation),
             solver=chosen_solver,
             recovery=_resolve("recovery", recovery, base.recovery),
-            permutation=_resolve("permutation", permutation, usual_permutation),
             sequential=base.sequential if sequential is None else sequential,
             skip=check_patterns("skip", skip),
             only=check_patterns("only", only),
@@ -191,9 +181,6 @@ class PruningConfig:
         if self.pattern.removes == "experts":
             yield from self._contradictions_with_experts()
 
-        why_not_permuted = self.permutation.why_not(self.pattern)
-        if why_not_permuted:
-            yield "permutation", "pattern", why_not_permuted
         why_not_trained = self.recovery.why_not(self.sequential)
         if why_not_trained:
             yield "recovery", "sequential", why_not_trained
@@ -254,7 +241,7 @@ class PruningConfig:
     @property
     def data_reader(self) -> str | None:
         """The first choice that needs calibration data, as `shown`; None if no choice needs any."""
-        choices = ("criterion", "solver", "allocation", "recovery", "permutation")
+        choices = ("criterion", "solver", "allocation", "recovery")
         readers = [option for option in choices if _reads_data(getattr(self, option))]
         if self.pattern.removes == "experts":
             readers.insert(0, "pattern")  # the criterion is not used
@@ -285,7 +272,6 @@ NAMES: Mapping[str, Mapping[str, Any]] = {
     "allocation": methods.ALLOCATIONS,
     "solver": methods.SOLVERS,
     "recovery": methods.RECOVERIES,
-    "permutation": methods.PERMUTATIONS,
     "sequential": dict.fromkeys((*methods.SEQUENTIAL_CHOICES, "auto", "one_pass")),
 }
 """The names that an argument of `from_names` takes; `pattern` also takes any N:M, and `structured:16`."""
@@ -294,9 +280,9 @@ NAMES: Mapping[str, Mapping[str, Any]] = {
 def _base(option: str) -> type:
     """Return the class of the objects that an option takes."""
     from wanda_lightning import training
-    from wanda_lightning.core import allocation, criteria, patterns, permutation, solvers
+    from wanda_lightning.core import allocation, criteria, patterns, solvers
 
-    rooms = (allocation, criteria, patterns, permutation, solvers, training)
+    rooms = (allocation, criteria, patterns, solvers, training)
     return next(getattr(room, option.title()) for room in rooms if hasattr(room, option.title()))
 
 

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from wanda_lightning.core.allocation import Allocation
     from wanda_lightning.core.criteria import Criterion
     from wanda_lightning.core.patterns import Pattern
-    from wanda_lightning.core.permutation import Permutation
     from wanda_lightning.core.solvers import Solver
     from wanda_lightning.training import Recovery
 
@@ -52,11 +51,6 @@ RECOVERIES: Table[Recovery] = {
     "distill": lambda: wl.Distill(),
 }
 
-PERMUTATIONS: Table[Permutation] = {
-    "none": lambda: wl.NoPermutation(),
-    "assignment": lambda: wl.Assignment(),
-}
-
 
 def _zero_out() -> Solver:
     return wl.ZeroOut()
@@ -80,7 +74,6 @@ class Method:
     # N:M always gets "uniform" instead, because the others would mix 2:4 with 1:4 layers.
     allocation: Callable[[], Allocation] = ALLOCATIONS["uniform"]
     recovery: Callable[[], Recovery] = RECOVERIES["none"]
-    permutation: Callable[[], Permutation] = PERMUTATIONS["none"]  # only for N:M
 
 
 METHODS: Mapping[str, Method] = {
@@ -102,7 +95,6 @@ BEST = Method(
     sequential="one_pass",
     # 8 windows of at least 512 tokens each, or 4096 images. The gradients of 8 images would be far too noisy.
     allocation=lambda: wl.Fisher(num_samples=8, num_predictions=4096),
-    permutation=PERMUTATIONS["assignment"],
 )
 
 PRESETS: Mapping[str, Method] = {

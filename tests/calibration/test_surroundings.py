@@ -204,7 +204,6 @@ CHOICES = {
     "block": {"sequential": "block"},
     "best": {"method": "best"},
     "owl": {"allocation": "owl"},
-    "permuted 2:4": {"pattern": "2:4", "permutation": "assignment"},
     "structured": {"pattern": "structured"},
     "reconstruct": {"recovery": "reconstruct", "sequential": "block"},
 }
@@ -215,7 +214,7 @@ SAMPLE = [
     *product(MODELS, ["layer", "block"]),
     *zip(
         MODELS,
-        cycle(["best", "structured", "owl", "none", "permuted 2:4", "reconstruct"]),
+        cycle(["best", "structured", "owl", "none", "reconstruct"]),
         strict=False,
     ),
 ]

@@ -193,7 +193,6 @@ VALUES = {
     "solver": "refit",
     "sequential": "layer",
     "recovery": "distill",
-    "permutation": "assignment",
     "keep_batch_norm": True,
 }
 TYPED = {"sparsity": 0.25, "only": ["b", "c"]}
@@ -208,13 +207,9 @@ def test_every_argument_of_the_config_is_an_option_that_reaches_it(name):
     value = VALUES[name]
     option = [f"--{name}"] if value is True else [f"--{name}", value]
     choices = {name: TYPED.get(name, value)}
-    base = []
-    if name == "permutation":  # which needs N:M
-        choices["pattern"] = "2:4"
-        base = ["--pattern", "2:4"]
     expected = PruningConfig.from_names(**choices)
-    assert config(*base, *option) == expected
-    assert config(*base) != expected
+    assert config(*option) == expected
+    assert config() != expected
 
 
 @pytest.mark.parametrize(

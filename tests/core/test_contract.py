@@ -29,7 +29,6 @@ from torch.testing import assert_close
 from wanda_lightning.core.allocation import OWL, Allocation, Fisher, PerLayer, Uniform
 from wanda_lightning.core.criteria import RIA, Criterion, Saliency
 from wanda_lightning.core.patterns import NM, EqualShare, Pattern, Structured, Unstructured
-from wanda_lightning.core.permutation import Assignment
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.core.solvers import ADMM, Refit, Solver, SparseGPT, ZeroOut
 from wanda_lightning.core.statistics import InputStatistics
@@ -257,9 +256,9 @@ def test_layers_solved_together_equal_layers_solved_alone(criterion, together, s
         (RIA, {"a": float("nan")}, "a of RIA must be a number of at least 0"),
         (Saliency, {"dampening": 0.0}, "dampening of Saliency must be a number above 0"),
         (
-            Assignment,
+            ADMM,
             {"iterations": True},
-            "iterations of Assignment must be a whole number of at least 1",
+            "iterations of ADMM must be a whole number of at least 1",
         ),
         (
             OWL,

@@ -82,11 +82,6 @@ def test_choices(on_both, choices):
     on_both("llama", **choices)
 
 
-def test_a_permutation_is_in_the_notes(on_both):
-    _, notes = on_both("llama", method="ria", pattern="2:4", permutation="assignment")
-    assert "permuted" in notes
-
-
 def test_batch_norm_is_corrected(on_both):
     _, notes = on_both("resnet18")
     assert "BatchNorm" in notes

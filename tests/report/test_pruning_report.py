@@ -12,7 +12,7 @@ from support.zoo import batches_of, model_of
 
 from wanda_lightning import PruningReport
 from wanda_lightning.models import SkippedMatrix, SkipReason
-from wanda_lightning.report import Circumstances, Permuted, PrunedLayer, TrainedPart
+from wanda_lightning.report import Circumstances, PrunedLayer, TrainedPart
 
 
 def test_experts_of_a_module_share_one_metric():
@@ -31,7 +31,7 @@ def test_experts_of_a_module_share_one_metric():
 def test_a_report_survives_json():
     report = llama_report(1)
     assert PruningReport.from_json(report.to_json()) == report
-    assert all(kind.__dataclass_params__.frozen for kind in (PruningReport, PrunedLayer, Permuted))
+    assert all(kind.__dataclass_params__.frozen for kind in (PruningReport, PrunedLayer))
 
 
 def test_a_report_of_another_version_is_read():

@@ -56,7 +56,6 @@ def test_a_killed_run_continues_where_it_was(source_for, streamed, out, name):
     with_nightly(
         [
             ("magnitude", 1, 0),
-            ("permutation for wanda", 2, 1),
             ("structured", 2, 1),
             ("experts_block", 1, 0),
         ],

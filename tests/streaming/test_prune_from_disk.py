@@ -45,7 +45,6 @@ LIKE_OTHERS = {
     "wanda",
     "owl without statistics",
     "none without statistics",
-    "permutation",
     "structured_reconstruct",
 }
 
@@ -84,7 +83,6 @@ FAMILY_CHOICES = {
     "layer": {"sequential": "layer"},
     "none": {"sequential": "none"},
     "owl": {"allocation": OWL(m=2.0)},
-    "permuted": {"pattern": "2:4", "permutation": "assignment"},
 }
 # The last changes weights of all blocks first.
 REFUSED = {
@@ -230,9 +228,7 @@ def repeated(model, batch):
     return routed(model, {**batch, "input_ids": model.lm_head(routed(model, batch, 2)).argmax(-1)})
 
 
-@pytest.mark.parametrize(
-    ("forward", "name"), [(routed, "owl"), (repeated, "permutation for wanda")]
-)
+@pytest.mark.parametrize(("forward", "name"), [(routed, "owl"), (repeated, "structured")])
 def test_batches_may_take_different_routes(source, tmp_path, forward, name):
     samples = [{**batch, "first": first} for batch, first in zip(batches(), (1, 0, 2), strict=True)]
     choices = CHOICES[name]

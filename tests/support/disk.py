@@ -35,8 +35,6 @@ CHOICES = {
     "none": {"method": "wanda", "sequential": "none", "allocation": "owl"},
     "none without statistics": {"method": "magnitude", "sequential": "none"},
     "best 2:4": {"method": "best", "pattern": "2:4"},
-    "permutation": {"method": "magnitude", "pattern": "2:4", "permutation": "assignment"},
-    "permutation for wanda": {"method": "wanda", "pattern": "2:4", "permutation": "assignment"},
     "structured": {"pattern": "structured"},
     "structured_reconstruct": {"pattern": "structured", "recovery": Reconstruct()},
     "per_layer": {"method": "wanda", "allocation": PerLayer({"*.mlp.*": 0.6})},

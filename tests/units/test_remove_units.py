@@ -491,11 +491,6 @@ LLAMA = ZOO["llama"].build
         ),
         (
             LLAMA,
-            {"permutation": "assignment"},
-            "permutation='assignment' cannot be combined with pattern='struc",
-        ),
-        (
-            LLAMA,
             {"allocation": "fisher_seconds", "pattern": "2:4"},
             "only hidden units have a cost",
         ),

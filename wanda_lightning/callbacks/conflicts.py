@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
@@ -10,12 +9,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
 from wanda_lightning.callbacks.schedules import PruningState, Schedule
-from wanda_lightning.callbacks.trainer import averaged_models, is_dry_run
-from wanda_lightning.callbacks.zeros import zeros_callbacks
+from wanda_lightning.callbacks.trainer import is_dry_run
 from wanda_lightning.common.checks import check_values
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
-from wanda_lightning.core.permutation import NoPermutation
 
 
 def check_options(
@@ -100,21 +97,6 @@ def _end_of_training(trainer: Trainer) -> float:
         end = trainer.estimated_stepping_batches  # at most max_steps
     # Lightning writes -1 for no limit.
     return math.inf if end == -1 else end
-
-
-def without_permutation_in_training(config: PruningConfig, trainer: Trainer) -> PruningConfig:
-    """Leave permutations out, with a warning, if masks, moments or averages depend on the order of the weights."""
-    if trainer.state.fn != "fit" or not config.permutation.reads_batches:
-        return config
-    holding = any(callback.holds_zeros for callback in zeros_callbacks(trainer))
-    if trainer.global_step == 0 and not averaged_models(trainer) and not holding:
-        return config
-
-    rank_zero_warn(
-        f"{config.permutation} permutes nothing during training: the optimizer's moments, averaged weights and the "
-        "zeros that other callbacks keep are in the old order. Prune before training, or give permutation='none'."
-    )
-    return replace(config, permutation=NoPermutation())
 
 
 def warn_of_dense_best(schedule: Schedule, trainer: Trainer) -> None:

@@ -64,7 +64,7 @@ class PruningCallback(ZerosCallback):
             `trainer.validate` evaluates the dense model first. `sequential` is then `"none"` by default, the only value
             that this supports. Whole batches are used until they have `num_samples` samples.
         **choices: The other arguments of `PruningConfig.from_names`: `method`, `criterion`, `pattern`, `allocation`,
-            `solver`, `recovery`, `permutation`, `sequential`, `skip`, `only`, `keep_batch_norm`.
+            `solver`, `recovery`, `sequential`, `skip`, `only`, `keep_batch_norm`.
 
     Raises:
         ImportError: If a library that writes the `report_page` is missing.
@@ -318,8 +318,6 @@ class PruningCallback(ZerosCallback):
     def _current_plan(self, trainer: Trainer) -> Plan:
         """Return the plan for the sparsity of the current stage."""
         config = self.config.scaled(self._current_share(trainer))
-        if self.calibrate_on == "calibration":
-            config = conflicts.without_permutation_in_training(config, trainer)
         return self._plan(trainer).with_choices(config)
 
     @contextmanager

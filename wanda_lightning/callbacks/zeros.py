@@ -19,11 +19,6 @@ class ZerosCallback(Callback):
         self._zeros = HeldZeros()
 
     @property
-    def holds_zeros(self) -> bool:
-        """Whether it keeps weights at zero now."""
-        return self._zeros.is_holding
-
-    @property
     def is_finished(self) -> bool:
         """Whether it has pruned the model to its final sparsity, or never prunes."""
         return True

@@ -64,7 +64,7 @@ class RIA(Criterion):
 
     `(|W| / sum of |W| over its row + |W| / sum of |W| over its column) * ||x||^a`. Relative to their column, small
     weights can score high, so a column of small weights is not pruned as a whole. The paper's channel permutation for
-    N:M is not included.
+    N:M is left out.
 
     Attributes:
         a: Exponent of the input norm; 0 ignores the inputs.

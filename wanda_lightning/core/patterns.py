@@ -76,11 +76,6 @@ class Pattern(ABC):
         return 0
 
     @property
-    def group_kept(self) -> int:
-        """Number of weights that survive in each such group; 0 if there are no groups."""
-        return 0
-
-    @property
     def fixed_sparsity(self) -> float | None:
         """The only sparsity that the pattern can have; None if it can have any."""
         return None
@@ -196,11 +191,6 @@ class NM(Pattern):
     def group_size(self) -> int:
         """`m`."""
         return self.m
-
-    @property
-    def group_kept(self) -> int:
-        """`n`."""
-        return self.n
 
     @property
     def sparsity(self) -> float:

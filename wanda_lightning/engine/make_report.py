@@ -86,7 +86,6 @@ def _notes_on(run: Run, removal: Removal, dense: SkippedMatrices) -> list[Note]:
         *filter(None, on_coverage),
         *_on_targets(run),
         *removal.notes(run),
-        *_on_permutation(run),
         *_on_batch_norm(run),
         *_on_training(run),
     ]
@@ -191,31 +190,6 @@ def _on_targets(run: Run) -> Iterator[Note]:
             f"{run.plan.config.pattern} left {_layers(short)} short of the target, {worst.name} most: "
             f"{worst.sparsity:.1%} of {worst.target:.1%}"
         )
-
-
-def _on_permutation(run: Run) -> Iterator[Note]:
-    permuted = run.permuted
-    if permuted is None:
-        return
-    pattern = run.plan.config.pattern
-    groups = f"{pattern.group_kept}:{pattern.group_size}"
-    put_back = ""
-    if permuted.put_back:
-        put_back = (
-            f"; the units of {_layers(permuted.put_back, 'block')} were put back, {permuted.put_back[0]} first, "
-            "because its output changed"
-        )
-    if not permuted.kept:
-        why = permuted.why_not or "no layer reads hidden units whose order can be changed"
-        yield Note(f"nothing is permuted for {groups}: {why}{put_back}")
-        return
-    before = sum(score for score, _ in permuted.kept.values())
-    after = sum(score for _, score in permuted.kept.values())
-    yield Note(
-        f"the inputs of {_layers(permuted.kept)} are permuted, which raises the Wanda scores that {groups} keeps "
-        f"in them by {after / before - 1:.2%}{put_back}",
-        is_warning=bool(put_back),
-    )
 
 
 def _on_batch_norm(run: Run) -> Iterator[Note]:

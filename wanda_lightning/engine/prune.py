@@ -36,11 +36,10 @@ from wanda_lightning.models import Layer
 from wanda_lightning.planning.plan import DenseStatistics, Plan, make_plan, refuse_unprunable
 from wanda_lightning.planning.removal import Removal
 from wanda_lightning.planning.run import Run, WeightStore
-from wanda_lightning.report import Permuted, PruningReport
+from wanda_lightning.report import PruningReport
 from wanda_lightning.training import DenseModel, ModelRecovery
 from wanda_lightning.training.predictions import predictions_of
 from wanda_lightning.training.recovery import BlockRecovery
-from wanda_lightning.units.permute import permute
 from wanda_lightning.units.remove_units import RemoveUnits
 
 log = logging.getLogger(__name__)
@@ -72,8 +71,8 @@ def prune(
 
     Args:
         model: The model; only its weights and the running statistics of BatchNorm layers change, in place; with the
-            solvers `ADMM` and `Refit`, biases of the pruned layers, too. With a permutation, the order of hidden units
-            changes; with `pattern="experts"`, experts leave the model.
+            solvers `ADMM` and `Refit`, biases of the pruned layers, too. With `pattern="experts"`, experts leave the
+            model.
         batches: Calibration batches, or a list of texts for a model that tokenizes them; all of them are used.
             `Magnitude` needs none, except for BatchNorm layers.
         sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1); of their hidden units or experts
@@ -81,7 +80,7 @@ def prune(
         forward: Runs one batch through the model.
         progress: Show a bar (plain lines if there is no terminal).
         **choices: The other arguments of `PruningConfig.from_names`: `method`, `criterion`, `pattern`, `allocation`,
-            `solver`, `recovery`, `permutation`, `sequential`, `skip`, `only`, `keep_batch_norm`.
+            `solver`, `recovery`, `sequential`, `skip`, `only`, `keep_batch_norm`.
 
     Returns:
         The report, which lists every matrix as pruned or skipped.
@@ -142,10 +141,6 @@ def prune_as(
     plan = run.plan
     run.clock["prepare"] = time.perf_counter() - started
 
-    if plan.config.permutation.reads_batches:
-        # For N:M: reorder hidden units; the model computes the same.
-        with run.clock.timed("permute"):
-            run = replace(run, permuted=permute(run))
     run = removal.find(run)  # hidden units, experts; from now on, the plan concerns what can leave
     statistics = BatchNormStatistics(batch_norms, samples)
     with run.clock.timed("normalize", batch_norms), pruning_mode(plan.model):
@@ -199,11 +194,10 @@ def prune_collected(plan: Plan, passive: PassiveCalibration) -> PruningReport:
         ValueError: Before any weight is written, if there was no batch or an activation is NaN or infinite.
     """
     # The report says what could not be done, instead of a refusal: the loop has ended.
-    permuted = Permuted(why_not=_ONE_LOOP) if plan.config.permutation.reads_batches else None
     not_corrected = _ONE_LOOP if _batch_norms(plan) else ""
     samples = Samples(plan.model, None, None, None, plan.processes, None)
     removal = removal_of(plan.config.pattern)
-    run = Run(plan, samples, WeightStore(), permuted=permuted, not_corrected=not_corrected)
+    run = Run(plan, samples, WeightStore(), not_corrected=not_corrected)
     with (
         run.clock.timed("prune"),
         torch.inference_mode(False),

@@ -208,9 +208,6 @@ def share_of_zeros(weight: Tensor) -> float:
 def _notes(
     run: Run, layer: Layer, inputs: InputStatistics, observation: Observation
 ) -> Iterator[str]:
-    if run.permuted and layer.name in run.permuted.kept:
-        before, after = run.permuted.kept[layer.name]
-        yield f"inputs permuted: kept score {after / before - 1:+.2%}"
     if inputs.count and inputs.sums.keys() & {"square_sum", "gram"}:
         inactive = int(inputs.inactive().count_nonzero())
         if inactive:

@@ -15,7 +15,6 @@ from wanda_lightning.models.layers import (
     Layer as Layer,
     ReadWeight as ReadWeight,
     adapted_module as adapted_module,
-    is_pointwise as is_pointwise,
 )
 from wanda_lightning.models.padding import (
     TokenMask as TokenMask,

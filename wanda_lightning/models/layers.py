@@ -338,11 +338,6 @@ def is_whole(layer: Layer) -> bool:
     return is_ordinary and not quantizer(layer.module, weight)
 
 
-def is_pointwise(layer: Layer) -> bool:
-    """Whether a layer is one matrix of ordinary numbers, maybe as a convolution with a kernel of size 1."""
-    return is_whole(layer) and all(size == 1 for size in layer.parameter.shape[2:])
-
-
 # What a forward may write into.
 _MUTABLE = (Tensor, Module, dict, list, set, deque)
 

@@ -11,14 +11,13 @@ from wanda_lightning.calibration.lockstep import Passed, Visit, Visits, lockstep
 from wanda_lightning.calibration.observer import Observation, StopObserver
 from wanda_lightning.calibration.pruning_mode import RestoredBuffers
 from wanda_lightning.calibration.samples import Samples
-from wanda_lightning.common.aliases import Action
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.wording import quantity
 from wanda_lightning.core.allocation import Sparsities
 from wanda_lightning.core.selection import Selection
 from wanda_lightning.models import Layer, ReadWeight, SkippedMatrix, SkipReason
 from wanda_lightning.planning.plan import Plan, refuse_unprunable
-from wanda_lightning.report import BatchNormCorrection, Permuted, PrunedLayer, Training
+from wanda_lightning.report import BatchNormCorrection, PrunedLayer, Training
 
 Restore = Callable[[Sequence[Layer]], None]
 """Gives layers the shapes that an interrupted run has written."""
@@ -75,7 +74,6 @@ class Run:
     done: Done = field(default_factory=Done)
     # How the weights of each layer are selected; empty until the sparsities are allocated.
     selections: Mapping[str, Selection] = field(default_factory=dict)
-    permuted: Permuted | None = None
     fallback: str = ""  # why the batches do not run in lockstep as asked; empty if they do
     not_corrected: str = ""  # why BatchNorm layers were not corrected; empty if they were
     batch_norm: BatchNormCorrection | None = None
@@ -114,13 +112,6 @@ class WeightStore:
         """Observe all layers in one pass of all samples through the dense model."""
         bar.expect(run.samples.length)
         return observer.whole_model(run.plan.whole_model, run.samples, bar.advance)
-
-    def change_when_loaded(self, block: str, change: Action) -> None:
-        """Apply `change` again whenever the dense weights of a block are loaded; they have seen it once."""
-
-    def undo_change(self, change: Action) -> None:
-        """Call `change`, which takes back a change of the dense weights of a block after their visit."""
-        change()
 
     # Sparsities that an interrupted run has chosen
 

@@ -11,7 +11,6 @@ from wanda_lightning.report.records import (
     Circumstances as Circumstances,
     Continuations as Continuations,
     Measured as Measured,
-    Permuted as Permuted,
     PrunedLayer as PrunedLayer,
     TrainedPart as TrainedPart,
     Training as Training,

@@ -9,7 +9,7 @@ from wanda_lightning.common.wording import abbreviated, quantity
 from wanda_lightning.report.records import Measured, ReportData
 
 _Config = Mapping[str, Any]  # of a report
-_NEUTRAL = ("ZeroOut", "Uniform", "NoRecovery", "NoPermutation")  # choices that change nothing
+_NEUTRAL = ("ZeroOut", "Uniform", "NoRecovery")  # choices that change nothing
 
 
 class Metric(NamedTuple):
@@ -243,8 +243,6 @@ def choices_of(config: _Config) -> str:
         pattern = "equal share of the scores"
 
     words = [method, pattern, choice_of(config, "allocation"), choice_of(config, "recovery")]
-    if choice_of(config, "permutation"):
-        words.append("permuted")
     return ", ".join(filter(None, words))
 
 

@@ -208,16 +208,6 @@ class BatchNormCorrection:
 
 
 @dataclass(frozen=True)
-class Permuted:
-    """The permutation of hidden units before pruning."""
-
-    # For each layer whose inputs were permuted: the sum of Wanda's scores that the pattern keeps, before and after.
-    kept: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    put_back: tuple[str, ...] = ()  # blocks whose output changed: their units have the old order
-    why_not: str = ""  # why no units were sought; empty if they were
-
-
-@dataclass(frozen=True)
 class Continuations:
     """A prompt, and its continuations by the dense and by the pruned language model."""
 

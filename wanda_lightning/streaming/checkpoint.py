@@ -346,19 +346,17 @@ class Checkpoint:
 class BlockLoader:
     """Keeps the blocks in memory that are in use.
 
-    `written` returns the files of a block that was written, or None to load it from the checkpoint and to call
-    `prepare` with it. Loading raises an OSError if a block cannot be read.
+    `written` returns the files of a block that was written, or None to load it from the checkpoint. Loading raises an
+    OSError if a block cannot be read.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         written: Callable[[str], Keys | None] = lambda block: None,
-        prepare: Callable[[str], None] = lambda block: None,
     ) -> None:
         self._checkpoint = checkpoint
         self._written = written
-        self._prepare = prepare
         self.loaded: list[str] = []  # in the order of loading
         self._latest = ""  # the block of the latest call of `load_only`
         self._to_visit: set[str] = set()  # blocks left to `load_only`
@@ -392,10 +390,7 @@ class BlockLoader:
         """Load a block unless it is in memory."""
         if block in self.loaded:
             return
-        written = self._written(block)
-        self._checkpoint.load(block, written)
-        if written is None:
-            self._prepare(block)
+        self._checkpoint.load(block, self._written(block))
         self.loaded.append(block)
 
     def load_only(self, block: str) -> None:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from wanda_lightning.calibration.lockstep import Visit, Visits, lockstep
 from wanda_lightning.calibration.observer import Observation, StopObserver
-from wanda_lightning.common.aliases import Action
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.core.allocation import Sparsities
 from wanda_lightning.models import Layer, ReadWeight
@@ -30,11 +29,10 @@ class StreamedWeights(WeightStore):
     advice = "What is written stays: start again with the same choices to continue."
 
     def __init__(self, checkpoint: Checkpoint, output: OutputFolder) -> None:
-        self.blocks = BlockLoader(checkpoint, self._written_block, self._change_block)
+        self.blocks = BlockLoader(checkpoint, self._written_block)
         self._checkpoint = checkpoint
         self._output = output
         self._is_dense = False
-        self._changes: dict[str, Action] = {}  # by block
 
     @property
     def zeros(self) -> int:  # type: ignore[override]
@@ -85,13 +83,6 @@ class StreamedWeights(WeightStore):
                 bar.advance()
                 visit.continue_by(partial(observer.watched, visit.stop))
         return observer.finish(plan.whole_model)
-
-    def change_when_loaded(self, block: str, change: Action) -> None:
-        """Call `change` whenever the block is read from the checkpoint."""
-        self._changes[block] = change
-
-    def undo_change(self, change: Action) -> None:
-        """Do nothing: the changed weights are not in memory any more, and are read again."""
 
     # Sparsities that an interrupted run has chosen
 
@@ -150,10 +141,6 @@ class StreamedWeights(WeightStore):
         if self._is_dense or block not in self._output.written:
             return None
         return self._output.stored(block)
-
-    def _change_block(self, block: str) -> None:
-        if block in self._changes:
-            self._changes[block]()
 
     def _load_only(self, name: str) -> None:
         """Load the block of a layer or stop, and free all others."""

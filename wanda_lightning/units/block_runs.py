@@ -15,7 +15,7 @@ from wanda_lightning.calibration.lockstep import Call
 from wanda_lightning.calibration.trees import tensors_within
 from wanda_lightning.common.evaluation_mode import seeded
 from wanda_lightning.core.rounding import all_same, coarsest_eps, same_columns
-from wanda_lightning.core.types import Orders, Units
+from wanda_lightning.core.types import Units
 from wanda_lightning.models import Layer
 from wanda_lightning.units.candidates import HiddenUnits
 
@@ -70,20 +70,6 @@ class BlockRuns:
             return False
         others = list(chain(*inputs.values()))
         return not any(x.shape == y.shape and torch.equal(x, y) for x in own_inputs for y in others)
-
-    def is_permuted(self, units: HiddenUnits, orders: Orders) -> bool:
-        """Run the first call, and return whether the reader gets its units in other orders, and nothing else changed.
-
-        The inputs of modules between writers and reader may change, too.
-        """
-        before = self._records[0]
-        after = self._run_again(0, self._matrices)
-        if not self._same_results(before, after) or before.inputs.keys() != after.inputs.keys():
-            return False
-        for module in before.inputs.keys() - {units.reader.module, *units.inner}:
-            if not all_same(before.inputs[module], after.inputs[module], before.eps):
-                return False
-        return _reads_same(units.reader, units.source(orders), before, after)
 
     def same_results(self) -> bool:
         """Run all calls, and return whether the block gives the same results as at first, to rounding."""

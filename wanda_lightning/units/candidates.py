@@ -1,7 +1,7 @@
-"""Find hidden units that can perhaps be permuted or taken out: what writes, carries and reads them.
+"""Find hidden units that can perhaps be taken out: what writes, carries and reads them.
 
-A permutation of hidden units permutes rows of the layers that write them, with their biases, and columns of the layer
-that reads them. This file proposes candidates by shapes alone. The caller measures which of them are right, so no table
+A unit has a row in each of the layers that write it, with an entry of their bias, and a column in the layer that reads
+it. This file proposes candidates by shapes alone. The caller measures which of them are right, so no table
 of model families is needed: a block must compute the same with units that are zero as without them.
 """
 
@@ -16,19 +16,10 @@ from torch import Tensor, nn
 from torch.nn import Module
 
 from wanda_lightning.common.aliases import Action
-from wanda_lightning.core.types import Orders, Units
+from wanda_lightning.core.types import Units
 from wanda_lightning.models import own_tensors
-from wanda_lightning.models.layers import Layer, adapted_module, is_pointwise, is_whole, whole_layer
+from wanda_lightning.models.layers import Layer, adapted_module, is_whole, whole_layer
 
-_HEAD_SIZES = (
-    "head_dim",
-    "attention_head_size",
-    "head_size",
-    "v_head_dim",
-    "d_head",
-    "key_value_proj_dim",
-)
-_KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 # Attributes that hold the number of units: of modules that read them, that write them, that do both, and around them.
 _INPUTS = frozenset({"in_features", "in_channels", "nx"})
 _OUTPUTS = frozenset({"out_features", "out_channels", "nf"})
@@ -56,9 +47,9 @@ class Slot:
 
     @property
     def index(self) -> Tensor:
-        """The positions of the units, (heads, copies, units): heads that share their values read copies of them."""
+        """The positions of the units, (copies, units): a fused layer of a gated MLP writes each unit twice."""
         if self.unit_index is None:
-            return torch.arange(self.tensor.shape[self.dim])[None, None]
+            return torch.arange(self.tensor.shape[self.dim])[None]
         return self.unit_index
 
     @property
@@ -73,19 +64,11 @@ class Slot:
             return self.line
         return *self.line, self.unit_index.shape, self.unit_index.numpy().tobytes()
 
-    def source(self, orders: Orders) -> Tensor:
-        """Return the old position of each entry after the units of each head are put into a new order."""
-        index = self.index
-        orders = orders.cpu().unsqueeze(1).expand(index.shape)  # the same for all copies
-        source = torch.arange(self.tensor.shape[self.dim])
-        source[index.flatten()] = index.gather(2, orders).flatten()
-        return source
-
     def zeros(self) -> Units:
         """Return which units have only zeros here."""
         is_zero = (self.tensor == 0).movedim(self.dim, 0)
         is_zero = is_zero.reshape(len(is_zero), -1).all(dim=1)
-        return is_zero.cpu()[self.index].all(dim=(0, 1))
+        return is_zero.cpu()[self.index].all(dim=0)
 
     def taken(self, units: Units) -> Tensor:
         """Return the tensor without the other units."""
@@ -132,11 +115,6 @@ class HiddenUnits:
     parents: tuple[Module, ...] = ()  # modules whose attributes may hold the width
 
     @property
-    def columns(self) -> Tensor:
-        """The columns of the reader, (heads, copies, units)."""
-        return self.slots[-1].index
-
-    @property
     def columns_per_unit(self) -> int:
         """Number of columns of the reader's matrix for each unit: the positions of its kernel."""
         return self.reader.shape[1] // self.width
@@ -158,28 +136,6 @@ class HiddenUnits:
             for slot in self.slots
             if slot.tensor.ndim > 1 and not _is_depthwise(slot.module, self.width)
         )
-
-    @property
-    def inner(self) -> set[Module]:
-        """The modules with a matrix that the units enter on their way to the reader."""
-        entered = set()
-        for slot in self.slots[:-1]:
-            if slot.tensor.ndim > 1:
-                layer = whole_layer(slot.module)
-                if layer is None or slot.line == columns_of(layer).line:
-                    entered.add(slot.module)
-        return entered
-
-    def source(self, orders: Orders) -> Tensor:
-        """Return, for each column of the reader, the column that it was before `permute`."""
-        return self.slots[-1].source(orders)
-
-    def permute(self, orders: Orders) -> None:
-        """Permute the units of each head, in place; units stay within their head."""
-        for slot in self.slots:
-            tensor = slot.tensor.detach()
-            tensor.copy_(tensor.index_select(slot.dim, slot.source(orders).to(tensor.device)))
-        torch.clear_autocast_cache()  # it holds casts of the weights in their old order
 
     def zero(self, units: Units) -> None:
         """Set all parameters of some units to zero; running statistics stay."""
@@ -224,40 +180,6 @@ class HiddenUnits:
 UnitsByReader = Mapping[str, HiddenUnits]
 
 
-def hidden_units(reader: Layer, parent: Module, block: Module) -> Iterator[HiddenUnits]:
-    """Yield candidates for the hidden units that a plain layer reads, the likeliest first.
-
-    Their writers are sought in the module that contains the layer (`parent`), then in its block. Nothing is proposed if
-    the block has adapters: they were trained for this order and width.
-    """
-    if adapted_module(block) is not None:
-        return
-    d_in = reader.shape[1]
-    # Such as the weight of a norm between writer and reader.
-    vectors = [
-        (module, name)
-        for module in parent.modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.shape == (d_in,) and name != "bias"
-    ]
-    proposed = set()
-    for scope in dict.fromkeys((parent, block)):
-        layers = [layer for layer in _whole_layers(scope, reader) if is_pointwise(layer)]
-        for rows in (*_written_units(d_in, layers), *_values_of_heads(d_in, layers, block)):
-            key = tuple(slot.key for slot in rows)
-            if key in proposed:
-                continue
-            proposed.add(key)
-            # Query heads that share their values read copies of them.
-            heads, _, size = rows[0].index.shape
-            columns = torch.arange(d_in).reshape(heads, -1, size)
-            read = columns_of(reader, columns)
-            yield HiddenUnits(reader, d_in, (*rows, read))
-            if vectors:
-                extra = (Slot(*vector, 0, columns) for vector in vectors)
-                yield HiddenUnits(reader, d_in, (*rows, *extra, read))
-
-
 def _whole_layers(scope: Module, reader: Layer) -> list[Layer]:
     """Return the modules that are whole layers, but not the reader."""
     layers = map(whole_layer, scope.modules())
@@ -277,33 +199,8 @@ def _written_units(width: int, layers: Sequence[Layer]) -> Iterator[Slots]:
     for layer in layers:
         if layer.shape[0] == 2 * width:
             rows = torch.arange(2 * width)
-            yield _rows(layer, rows.reshape(1, 2, width))
-            yield _rows(layer, rows.reshape(1, width, 2).transpose(1, 2))
-
-
-def _values_of_heads(d_in: int, layers: Sequence[Layer], block: Module) -> Iterator[Slots]:
-    """Propose rows of attention heads' values, written by a layer of their own or together with queries and keys."""
-    for size in _attributes(block, _HEAD_SIZES):
-        if size < 2 or d_in % size:
-            continue
-        heads = d_in // size
-        for layer in layers:
-            d_out = layer.shape[0]
-            for kv_heads in _numbers_of_kv_heads(heads, d_out // size, block):
-                values = kv_heads * size
-                if d_out < values:
-                    continue
-                rows = torch.arange(d_out)
-                yield _rows(layer, rows[-values:].reshape(kv_heads, 1, size))
-                # Each head's queries and keys, then its values.
-                if d_out % kv_heads == 0 and d_out > values:
-                    yield _rows(layer, rows.reshape(kv_heads, 1, -1)[..., -size:])
-
-
-def _numbers_of_kv_heads(heads: int, heads_written: int, block: Module) -> list[int]:
-    """Return how many heads may share their values: those of a layer alone, all, or those of a fused layer."""
-    numbers = [heads_written, heads, (heads_written - heads) // 2, *_attributes(block, _KV_HEADS)]
-    return list(dict.fromkeys(number for number in numbers if number > 0 and heads % number == 0))
+            yield _rows(layer, rows.reshape(2, width))
+            yield _rows(layer, rows.reshape(width, 2).T)
 
 
 def _rows(layer: Layer, unit_index: Tensor | None = None) -> Slots:
@@ -314,15 +211,9 @@ def _rows(layer: Layer, unit_index: Tensor | None = None) -> Slots:
     return tuple(slots)
 
 
-def columns_of(layer: Layer, unit_index: Tensor | None = None) -> Slot:
+def columns_of(layer: Layer) -> Slot:
     """Return the columns of a layer: its input channels."""
-    return Slot(layer.module, "weight", 1 if layer.kind.rows_first else 0, unit_index)
-
-
-def _attributes(block: Module, names: Sequence[str]) -> list[int]:
-    """Return the whole numbers that modules of a block store under one of the names."""
-    values = [getattr(module, name, None) for module in block.modules() for name in names]
-    return list(dict.fromkeys(value for value in values if type(value) is int))
+    return Slot(layer.module, "weight", 1 if layer.kind.rows_first else 0)
 
 
 def _resized(module: Module, names: frozenset[str], before: int, after: int) -> list[Change]:
@@ -336,7 +227,8 @@ def _resized(module: Module, names: frozenset[str], before: int, after: int) -> 
 def removable_units(reader: Layer, parent: Module, block: Module) -> Iterator[HiddenUnits]:
     """Yield candidates for the hidden units that a layer reads, the likeliest first.
 
-    They are sought as `hidden_units` seeks them, but may have anything between writers and reader.
+    Their writers are sought in the module that contains the layer (`parent`), then in its block; anything may lie
+    between writers and reader. Nothing is proposed if the block has adapters, which were trained for this width.
     """
     if adapted_module(block) is not None or not is_whole(reader):
         return

@@ -3,28 +3,21 @@
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import takewhile
 from typing import Any
 
-import torch
-from torch.nn import Module
-
-from wanda_lightning.calibration.lockstep import Visit
 from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.allocation import UnitLayer
 from wanda_lightning.core.patterns import Pattern, Structured
 from wanda_lightning.masks.remove_weights import RemoveWeights, share_of_zeros
-from wanda_lightning.models import Inventory, Layer, ReadWeight, SkippedMatrix, SkipReason, Stop
-from wanda_lightning.models.layers import named_modules
+from wanda_lightning.models import Inventory, Layer, ReadWeight, SkippedMatrix, SkipReason
 from wanda_lightning.planning.coverage import Note
 from wanda_lightning.planning.plan import DenseStatistics, Plan
 from wanda_lightning.planning.run import Run
 from wanda_lightning.report import PrunedLayer
-from wanda_lightning.units.block_runs import BlockRuns
-from wanda_lightning.units.candidates import HiddenUnits, Line, UnitsByReader, removable_units
+from wanda_lightning.units.candidates import UnitsByReader
 from wanda_lightning.units.costs import unit_costs
-from wanda_lightning.units.search import UnitSearch, visit_dense_blocks
+from wanda_lightning.units.search import find_units
 
 _Skipped = Mapping[str, SkippedMatrix]
 
@@ -52,7 +45,7 @@ class RemoveUnits(RemoveWeights):
         without blocks is one block.
         """
         with run.clock.timed("find units"), pruning_mode(run.plan.model):
-            self.units = _wide_enough(run.plan, _find_units(run))
+            self.units = _wide_enough(run.plan, find_units(run))
             narrowed = replace(run, plan=_narrowed(run.plan, self.units))
             self.costs = unit_costs(narrowed, self.units)
         return narrowed
@@ -174,94 +167,6 @@ def _structured(plan: Plan) -> Structured:
     pattern = plan.config.pattern
     assert isinstance(pattern, Structured)
     return pattern
-
-
-def _find_units(run: Run) -> UnitsByReader:
-    """Return the hidden units that can be taken out, by the layer that reads them."""
-    blocks = run.plan.block_stops or (_one_block(run.plan),)
-    search = _RemovalSearch(run.plan)
-    called_again = visit_dense_blocks(run, blocks, 1, "Finding hidden units", search.search_block)
-    for block in blocks:
-        if block.name in called_again:
-            for layer in block.layers:
-                search.units.pop(layer.name, None)
-    return search.units
-
-
-class _RemovalSearch(UnitSearch):
-    """Finds the units of one block after the other that can be taken out."""
-
-    def __init__(self, plan: Plan) -> None:
-        super().__init__(plan, _likeness)
-        self.units: dict[str, HiddenUnits] = {}  # by reader
-        self._layer_of = {layer.module: layer for layer in plan.layers}
-        skipped_by_user = plan.inventory.skipped_for(SkipReason.USER)
-        self._skipped_by_user = {self._modules.get(matrix.name) for matrix in skipped_by_user}
-        # The same units may be found again, by another layer that reads them.
-        self._used_lines: set[Line] = set()
-
-    def search_block(self, visit: Visit) -> None:
-        """Find the units that layers of this block read."""
-        block = visit.stop
-        assert block.module is not None
-        runs = BlockRuns(block.module, visit.calls)
-        with self._plan.processes.fail_together():
-            for call in runs.recording():
-                call.run(on_copies=True)
-            for layer in block.layers:
-                if layer.expert is not None or layer.group is not None:
-                    continue
-                units = self.first_right(layer, block, runs, removable_units, self._is_right)
-                if units is not None:
-                    writers = tuple(self._layer_of[writer.module] for writer in units.writers)
-                    self.units[layer.name] = replace(units, writers=writers)
-                    self._used_lines |= units.lines
-
-    def _is_right(self, units: HiddenUnits, runs: BlockRuns) -> bool | None:
-        """Whether the block computes the same with a random half of the units at zero as without them.
-
-        None if its tensors belong to other units or modules, too, or the user has skipped one of its layers.
-        """
-        are_pruned = {writer.module for writer in units.writers} <= self._layer_of.keys()
-        is_skipped = any(slot.module in self._skipped_by_user for slot in units.slots)
-        are_shared = self.is_tied(units) or units.lines & self._used_lines
-        if not are_pruned or is_skipped or are_shared:
-            return None
-        if units.width < 2:
-            return False
-
-        order = torch.randperm(units.width, generator=torch.Generator().manual_seed(0))
-        keep = torch.zeros(units.width, dtype=torch.bool)
-        keep[order[: units.width // 2]] = True
-        with units.restored():
-            units.zero(~keep)
-            is_same = runs.is_empty or runs.same_after(lambda: units.take(keep), units, keep)
-            return self._plan.processes.all_agree(is_same)
-
-
-def _likeness(block: Module) -> tuple[object, ...]:
-    """Return what blocks that compute alike have in common: parameters, and attributes such as a share of zeros."""
-    shapes = [(name, parameter.shape) for name, parameter in block.named_parameters()]
-    attributes = [
-        (name, key, value)
-        for name, module in block.named_modules()
-        for key, value in vars(module).items()
-        if isinstance(value, float | bool)
-    ]
-    return (type(block), *shapes, *attributes)
-
-
-def _one_block(plan: Plan) -> Stop:
-    """Return the smallest module with a forward that contains all layers."""
-    modules = named_modules(plan.model)
-    paths = [layer.name.split(".")[:-1] for layer in plan.layers]
-    levels = zip(*paths, strict=False)
-    common = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, levels)]
-    # A ModuleList has no forward.
-    while common and type(modules[".".join(common)]).forward is Module.forward:
-        common.pop()
-    name = ".".join(common)
-    return Stop(name, modules[name], plan.layers)
 
 
 def _wide_enough(plan: Plan, units: UnitsByReader) -> UnitsByReader:

@@ -1,92 +1,107 @@
-"""Find the hidden units of a layer by running its block.
+"""Find the hidden units that can be taken out, by running each block.
 
-Candidates come from shapes (`candidates.py`). The units of each are changed, and the block runs again: what it computes
-shows which candidate is right.
+Candidates come from shapes (`candidates.py`). A random half of the units of each is set to zero and then taken out, and
+the block runs again: what it computes shows which candidate is right.
 """
 
-from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
+from itertools import takewhile
 
+import torch
 from torch.nn import Module
 
 from wanda_lightning.calibration.lockstep import Visit, lockstep
 from wanda_lightning.common.progress import ProgressBar
-from wanda_lightning.models import Layer, Stop, tied_tensors
+from wanda_lightning.models import Layer, SkipReason, Stop, tied_tensors
 from wanda_lightning.models.layers import named_modules
 from wanda_lightning.planning.plan import Plan
 from wanda_lightning.planning.run import Run
 from wanda_lightning.units.block_runs import BlockRuns
-from wanda_lightning.units.candidates import HiddenUnits
+from wanda_lightning.units.candidates import HiddenUnits, Line, UnitsByReader, removable_units
 
 _NONE_IS_RIGHT = -1
 
 
-def visit_dense_blocks(
-    run: Run, blocks: Sequence[Stop], count: int, title: str, visit_block: Callable[[Visit], None]
-) -> set[str]:
-    """Call `visit_block` at each block, whose dense weights are in memory then.
+def find_units(run: Run) -> UnitsByReader:
+    """Return the hidden units that can be taken out, by the layer that reads them.
 
-    The samples are the first `count` of all processes together.
-
-    Returns:
-        Names of the blocks that a sample of any process has reached after their visit. Such a call may use a block in
-        another way.
+    One sample of all processes together runs through the dense model. Blocks that it reaches again after their visit
+    keep their units: such a call may use the block in another way.
     """
+    blocks = run.plan.block_stops or (_one_block(run.plan),)
     processes = run.plan.processes
-    samples = run.samples.first_samples(count)
+    samples = run.samples.first_samples(1)
     if not any(number for (number,) in processes.all_gather([len(samples)])):
         run.samples.refuse_if_empty()
 
+    search = _UnitSearch(run.plan)
     with (
-        ProgressBar(title, len(blocks), run.progress) as bar,
+        ProgressBar("Finding hidden units", len(blocks), run.progress) as bar,
         closing(lockstep(blocks, samples, processes, model=run.plan.model)) as visits,
     ):
         for visit in run.store.dense_visits(visits):
             bar.show(visit.stop.name)
-            visit_block(visit)
+            search.search_block(visit)
             bar.advance()
 
     # Only processes with samples there have seen it.
     passed = visits.passed.by_any()
-    return {block.name for block in blocks if not processes.all_agree(block.name not in passed)}
+    for block in blocks:
+        if not processes.all_agree(block.name not in passed):
+            for layer in block.layers:
+                search.units.pop(layer.name, None)
+    return search.units
 
 
-class UnitSearch:
-    """Finds the hidden units of one block after the other."""
+class _UnitSearch:
+    """Finds the units of one block after the other that can be taken out."""
 
-    def __init__(self, plan: Plan, likeness: Callable[[Module], object]) -> None:
+    def __init__(self, plan: Plan) -> None:
+        self.units: dict[str, HiddenUnits] = {}  # by reader
         self._plan = plan
-        self._likeness = likeness  # equal for blocks in which the same candidate is right
         self._modules = named_modules(plan.model)
         self._tied = tied_tensors(plan.model)
+        self._layer_of = {layer.module: layer for layer in plan.layers}
+        skipped_by_user = plan.inventory.skipped_for(SkipReason.USER)
+        self._skipped_by_user = {self._modules.get(matrix.name) for matrix in skipped_by_user}
+        # The same units may be found again, by another layer that reads them.
+        self._used_lines: set[Line] = set()
         # Index of the right candidate for readers with the same name and shape in blocks alike.
         self._right_candidates: dict[tuple[object, ...], int] = {}
 
-    def first_right(
-        self,
-        reader: Layer,
-        block: Stop,
-        runs: BlockRuns,
-        candidates: Callable[[Layer, Module, Module], Iterator[HiddenUnits]],
-        is_right: Callable[[HiddenUnits, BlockRuns], bool | None],
-    ) -> HiddenUnits | None:
-        """Return the hidden units of a reader: the first candidate that is right, if any.
+    def search_block(self, visit: Visit) -> None:
+        """Find the units that layers of this block read."""
+        block = visit.stop
+        assert block.module is not None
+        runs = BlockRuns(block.module, visit.calls)
+        with self._plan.processes.fail_together():
+            for call in runs.recording():
+                call.run(on_copies=True)
+            for layer in block.layers:
+                if layer.expert is not None or layer.group is not None:
+                    continue
+                units = self._first_right(layer, block, runs)
+                if units is not None:
+                    writers = tuple(self._layer_of[writer.module] for writer in units.writers)
+                    self.units[layer.name] = replace(units, writers=writers)
+                    self._used_lines |= units.lines
 
-        For a candidate that may be right in a later block, `is_right` returns None.
-        """
+    def _first_right(self, reader: Layer, block: Stop, runs: BlockRuns) -> HiddenUnits | None:
+        """Return the hidden units of a reader: the first candidate that is right, if any."""
         assert block.module is not None
         if not self._plan.processes.all_agree(runs.is_empty or runs.reads_alone(reader.module)):
             return None
 
         parent = self._modules[reader.name.rpartition(".")[0]]
         name_in_block = reader.name.removeprefix(block.name)
-        key = (self._likeness(block.module), name_in_block, reader.shape)
+        key = (_likeness(block.module), name_in_block, reader.shape)
         known = self._right_candidates.get(key)
         is_undecided = False
-        for index, units in enumerate(candidates(reader, parent, block.module)):
+        for index, units in enumerate(removable_units(reader, parent, block.module)):
             if known is not None and known != index:
                 continue
-            right = is_right(units, runs)
+            right = self._is_right(units, runs)
             if right:
                 self._right_candidates[key] = index
                 return units
@@ -96,6 +111,49 @@ class UnitSearch:
             self._right_candidates.setdefault(key, _NONE_IS_RIGHT)
         return None
 
-    def is_tied(self, units: HiddenUnits) -> bool:
-        """Whether a tensor of the units shares its memory with another one."""
-        return any((slot.module, slot.name) in self._tied for slot in units.slots)
+    def _is_right(self, units: HiddenUnits, runs: BlockRuns) -> bool | None:
+        """Whether the block computes the same with a random half of the units at zero as without them.
+
+        None if its tensors belong to other units or modules, too, or the user has skipped one of its layers; the same
+        candidate may be right in a later block.
+        """
+        are_pruned = {writer.module for writer in units.writers} <= self._layer_of.keys()
+        is_skipped = any(slot.module in self._skipped_by_user for slot in units.slots)
+        are_tied = any((slot.module, slot.name) in self._tied for slot in units.slots)
+        if not are_pruned or is_skipped or are_tied or units.lines & self._used_lines:
+            return None
+        if units.width < 2:
+            return False
+
+        order = torch.randperm(units.width, generator=torch.Generator().manual_seed(0))
+        keep = torch.zeros(units.width, dtype=torch.bool)
+        keep[order[: units.width // 2]] = True
+        with units.restored():
+            units.zero(~keep)
+            is_same = runs.is_empty or runs.same_after(lambda: units.take(keep), units, keep)
+            return self._plan.processes.all_agree(is_same)
+
+
+def _likeness(block: Module) -> tuple[object, ...]:
+    """Return what blocks that compute alike have in common: parameters, and attributes such as a share of zeros."""
+    shapes = [(name, parameter.shape) for name, parameter in block.named_parameters()]
+    attributes = [
+        (name, key, value)
+        for name, module in block.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, float | bool)
+    ]
+    return (type(block), *shapes, *attributes)
+
+
+def _one_block(plan: Plan) -> Stop:
+    """Return the smallest module with a forward that contains all layers."""
+    modules = named_modules(plan.model)
+    paths = [layer.name.split(".")[:-1] for layer in plan.layers]
+    levels = zip(*paths, strict=False)
+    common = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, levels)]
+    # A ModuleList has no forward.
+    while common and type(modules[".".join(common)]).forward is Module.forward:
+        common.pop()
+    name = ".".join(common)
+    return Stop(name, modules[name], plan.layers)
