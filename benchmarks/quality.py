@@ -46,8 +46,8 @@ from wanda_lightning import (
 )
 from wanda_lightning.core.losses import divergence
 from wanda_lightning.data.text_sources import SELF
+from wanda_lightning.loop.plan import make_plan
 from wanda_lightning.methods import METHODS, PRESETS
-from wanda_lightning.planning.plan import make_plan
 
 TEXT = {
     **{name: {"method": name} for name in METHODS if not name.startswith("ablate_")},

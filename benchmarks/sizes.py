@@ -27,7 +27,7 @@ from result import Result, Runs, Samples
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 from wanda_lightning import Fisher, prune, prune_from_disk
-from wanda_lightning.masks.remove_weights import RemoveWeights
+from wanda_lightning.masks import prune_weights
 
 LENGTH = 2048
 BATCH = 4  # as in the command
@@ -122,14 +122,14 @@ def forward_seconds(model, windows):
 def timed_layers():
     """Yield a list that gets the name of each stop, and when its layers begin and end to be pruned."""
     times = []
-    prune_stop = RemoveWeights.prune
+    prune_stop = prune_weights.prune_stop
 
-    def timed(self, run, stop, observation):
+    def timed(run, stop, observation):
         started = time.process_time()
-        prune_stop(self, run, stop, observation)
+        prune_stop(run, stop, observation)
         times.append((stop.name, started, time.process_time()))
 
-    with patch.object(RemoveWeights, "prune", timed):
+    with patch.object(prune_weights, "prune_stop", timed):
         yield times
 
 

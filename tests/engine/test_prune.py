@@ -20,7 +20,7 @@ from wanda_lightning import ADMM, Reconstruct, Refit, SparseGPT, Structured
 from wanda_lightning.calibration.observer import PassiveCalibration
 from wanda_lightning.core import statistics
 from wanda_lightning.engine.prune import prune_collected
-from wanda_lightning.masks import remove_weights
+from wanda_lightning.masks import prune_weights
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import find_layers
 from wanda_lightning.parallel import SINGLE_PROCESS
@@ -251,8 +251,8 @@ def test_not_all_layers_with_one_input_are_held_at_once(monkeypatch):
         "solve_together",
         lambda self, w, *more: sizes.append(len(w)) or together(self, w, *more),
     )
-    for limit in (remove_weights._MAX_GROUP, 2 * 8 * 16, 1):
-        monkeypatch.setattr(remove_weights, "_MAX_GROUP", limit)
+    for limit in (prune_weights._MAX_GROUP, 2 * 8 * 16, 1):
+        monkeypatch.setattr(prune_weights, "_MAX_GROUP", limit)
         torch.manual_seed(0)
         blocks = nn.Sequential(Parallel())
         prune(blocks, [torch.randn(40, 16)], solver="sparsegpt", sequential="none")

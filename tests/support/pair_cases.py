@@ -32,12 +32,12 @@ from wanda_lightning.callbacks.trainer import processes_of
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.statistics import SUMS
-from wanda_lightning.engine.batch_norm import batch_norm_layers
 from wanda_lightning.engine.prune import prune_as
+from wanda_lightning.loop.batch_norm import batch_norm_layers
+from wanda_lightning.loop.plan import make_plan
 from wanda_lightning.models import find_layers
 from wanda_lightning.modules import CausalLMModule
 from wanda_lightning.parallel import Processes
-from wanda_lightning.planning.plan import make_plan
 
 
 def both():

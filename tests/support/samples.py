@@ -11,10 +11,10 @@ from wanda_lightning.calibration.pruning_mode import calibration_mode
 from wanda_lightning.calibration.samples import Sample, Samples
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.allocation import GradientLimit
+from wanda_lightning.loop.plan import make_plan
+from wanda_lightning.loop.run import Run, WeightStore
 from wanda_lightning.models import token_masks
 from wanda_lightning.parallel import SINGLE_PROCESS
-from wanda_lightning.planning.plan import make_plan
-from wanda_lightning.planning.run import Run, WeightStore
 
 
 def samples_of(model, batches, forward=None):

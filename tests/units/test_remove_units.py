@@ -27,7 +27,7 @@ from wanda_lightning.calibration.gradients import gradient_statistics
 from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.core.allocation import GradientLimit, Uniform, UnitLayer
 from wanda_lightning.models import SkipReason
-from wanda_lightning.units.remove_units import RemoveUnits
+from wanda_lightning.units.remove_units import find_what_can_leave
 
 EACH_OF_4 = Structured(multiple_of=4)
 
@@ -97,8 +97,7 @@ READERS = {
 
 def search(model, batches, **choices):
     """The run after the search for units, and what has found them."""
-    removal = RemoveUnits()
-    return removal.find(run_of(model, batches, pattern=EACH_OF_4, **choices)), removal
+    return find_what_can_leave(run_of(model, batches, pattern=EACH_OF_4, **choices))
 
 
 def units_in(model, batches):
@@ -110,7 +109,7 @@ def units_in(model, batches):
 def pruned(request):
     """A model whose units were pruned, what was found before, and the zero units of each reader."""
     model, batches = specimen(request.param)
-    searched, removal = search(model, batches)
+    searched, found = search(model, batches)
     dense = deepcopy(model)
     report = prune_units(model, batches, solver="zero_out", keep_batch_norm=True)
     return SimpleNamespace(
@@ -120,8 +119,8 @@ def pruned(request):
         dense=dense,
         report=report,
         blocks=searched.plan.inventory.blocks,
-        units=removal.units,
-        zero={reader: units.slots[-1].zeros() for reader, units in removal.units.items()},
+        units=found.units,
+        zero={reader: units.slots[-1].zeros() for reader, units in found.units.items()},
         outputs=run(model, batches[0]).detach(),
     )
 
@@ -250,8 +249,8 @@ def test_units_that_depend_on_others_stay_dense(make, coupled):
     model = chain(make)
     if model[1].scale < 1:
         nn.init.zeros_(model[1].down.weight)
-    searched, removal = search(model, vectors())
-    assert list(removal.units) == [f"{index}.down" for index in coupled]
+    searched, found = search(model, vectors())
+    assert list(found.units) == [f"{index}.down" for index in coupled]
     assert {m.reason for m in searched.plan.inventory.skipped if m.name.endswith("down")} == {
         SkipReason.UNCOUPLED
     }
@@ -316,8 +315,8 @@ def test_the_units_with_the_smallest_sums_of_squared_scores_become_zero():
 def test_fisher_scores_units_by_their_effect_on_the_loss(name):
     """Against autograd: (x * dL/dx)^2 summed over tokens, with the labels that are drawn in the package."""
     (model, batches), held = specimen(name), {}
-    own, removal = search(model, batches, allocation="fisher")
-    expected = dict.fromkeys(removal.units, 0.0)
+    own, found = search(model, batches, allocation="fisher")
+    expected = dict.fromkeys(found.units, 0.0)
 
     def keep(reader, module, args):
         held[reader] = args[0]
@@ -344,7 +343,7 @@ def test_fisher_scores_units_by_their_effect_on_the_loss(name):
             own.samples,
             lambda _: None,
             GradientLimit(),
-            removal.unit_columns,
+            found.unit_columns,
         )
     for reader, value in expected.items():
         assert_close(got[reader].units, value, rtol=1e-3, atol=1e-9)

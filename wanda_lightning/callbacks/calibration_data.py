@@ -22,8 +22,8 @@ from wanda_lightning.calibration.batches import batch_size, is_even, run_alone, 
 from wanda_lightning.calibration.observer import PassiveCalibration
 from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.samples import forward_batch
+from wanda_lightning.loop.plan import Plan
 from wanda_lightning.parallel import Processes
-from wanda_lightning.planning.plan import Plan
 
 
 @dataclass

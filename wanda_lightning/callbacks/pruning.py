@@ -24,8 +24,8 @@ from wanda_lightning.common.atomic_write import require_writable
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
 from wanda_lightning.engine.prune import prune_as, prune_collected, rehearse
+from wanda_lightning.loop.plan import Plan, make_plan
 from wanda_lightning.parallel import SINGLE_PROCESS
-from wanda_lightning.planning.plan import Plan, make_plan
 from wanda_lightning.report import PruningReport
 from wanda_lightning.training.held_zeros import sharded_layers, zeros_of
 

@@ -13,13 +13,17 @@ from wanda_lightning.cli.options import Model
 from wanda_lightning.cli.printing import print_line, print_table
 from wanda_lightning.common.wording import quantity
 from wanda_lightning.config import PruningConfig
-from wanda_lightning.engine.prune import removal_of
+from wanda_lightning.experts.mixture_checks import refuse_without_mixtures
+from wanda_lightning.loop.coverage import low_coverage, unfit_layers
+from wanda_lightning.loop.plan import config_for, refuse_nothing_to_prune
 from wanda_lightning.models import Inventory, Stop, find_layers, number_of_parameters
 from wanda_lightning.modules.model_loading import check_source, model_from_config
-from wanda_lightning.planning.coverage import low_coverage, unfit_layers
-from wanda_lightning.planning.plan import config_for, refuse_nothing_to_prune
 from wanda_lightning.report import skipped_table
 
+_NOTES = {
+    "units": "--pattern structured prunes only those of these layers that write or read hidden units.",
+    "experts": "--pattern experts removes whole experts, and leaves the layers outside of the experts as they are.",
+}
 # The calibration windows for which the memory is estimated, as many as `prune` uses by default.
 _WINDOWS = 128
 
@@ -50,11 +54,10 @@ def inspect(config: PruningConfig, options: Model) -> None:
     for note in (unfit_layers(inventory), low_coverage(inventory)):
         if note is not None:
             print_line(f"Note: {note.text}")
-    removal = removal_of(config.pattern)
-    if removal.inspect_note:
-        print_line(f"Note: {removal.inspect_note}")
+    if config.pattern.removes in _NOTES:
+        print_line(f"Note: {_NOTES[config.pattern.removes]}")
     refuse_nothing_to_prune(config, inventory)
-    removal.check(config, model, inventory)
+    refuse_without_mixtures(config, model, inventory)
     if options.is_language:
         print_line(_memory(model, inventory, options))
 

@@ -33,14 +33,15 @@ from wanda_lightning.data.own_text import sample_windows
 from wanda_lightning.data.sentences import SentenceDataModule
 from wanda_lightning.data.text import TextDataModule
 from wanda_lightning.data.text_sources import SELF
-from wanda_lightning.engine.prune import prune_as, removal_of
+from wanda_lightning.engine.prune import prune_as
 from wanda_lightning.evaluation import Evaluation, load_tasks
 from wanda_lightning.evaluation.results import Metrics
 from wanda_lightning.evaluation.tasks import Answers, answer, flips
+from wanda_lightning.experts.mixture_checks import refuse_without_mixtures
 from wanda_lightning.experts.size import fitting_sparsity, parse_size
+from wanda_lightning.loop.plan import make_plan, refuse_unprunable
 from wanda_lightning.modules.agreement import AfterBatch, Agreement
 from wanda_lightning.modules.model_loading import check_source, model_from_config
-from wanda_lightning.planning.plan import make_plan, refuse_unprunable
 from wanda_lightning.report import Circumstances, Continuations, Measured, PruningReport
 from wanda_lightning.report.descriptions import (
     METRICS,
@@ -154,7 +155,7 @@ def _prune_in_memory(
     # Refuse what cannot be pruned, and a text that is too short, before the model is measured.
     plan = make_plan(config, module.model)
     refuse_unprunable(plan.layers)
-    removal_of(config.pattern).check(config, module.model, plan.inventory)
+    refuse_without_mixtures(config, module.model, plan.inventory)
     batches = _calibration(config, module, source)
     # The Trainer of a measurement chooses the same one.
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -211,7 +212,7 @@ def _prune_from_disk(config: PruningConfig, options: PruneOptions) -> Iterator[_
         config = _fitting_from_disk(config, hub, model.dtype, results.max_size)
     if config.pattern.changes_shapes:  # before the model is measured
         plan = make_plan(config, model_from_config(hub), by_block=True)
-        removal_of(config.pattern).check(config, plan.model, plan.inventory)
+        refuse_without_mixtures(config, plan.model, plan.inventory)
     source: Any = data_for(model, data, model.model)
     batches = source.calibration_dataloader()
 

@@ -27,6 +27,12 @@ _OTHER_PATTERNS = "Use pattern='unstructured' or '2:4'."
 _SAME = 0.9  # fraction of the tokens whose results must not change where logits tie
 
 
+def refuse_without_mixtures(config: PruningConfig, model: Module, inventory: Inventory) -> None:
+    """If experts are to leave, refuse a model in which none can, as far as it shows before it runs."""
+    if config.pattern.removes == "experts":
+        find_mixtures(config, model, inventory)
+
+
 def find_mixtures(config: PruningConfig, model: Module, inventory: Inventory) -> list[Mixture]:
     """Return the mixtures of the model, or refuse the model."""
     found = list(mixtures(model))

@@ -8,7 +8,7 @@ import torch
 from torch.nn import Module
 
 from wanda_lightning.calibration import observer
-from wanda_lightning.calibration.observer import Observation, StopObserver
+from wanda_lightning.calibration.observer import Observation
 from wanda_lightning.common.aliases import Action
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.wording import quantity
@@ -17,8 +17,18 @@ from wanda_lightning.core.types import Units
 from wanda_lightning.experts.mixture_checks import find_mixtures, pattern_of, refuse_if_it_differs
 from wanda_lightning.experts.mixtures import Mixture, counters_in
 from wanda_lightning.experts.saliency import ExpertSaliency
+from wanda_lightning.loop.coverage import low_coverage
+from wanda_lightning.loop.make_report import left_dense, make_report
+from wanda_lightning.loop.plan import Plan
+from wanda_lightning.loop.run import KeptEntries, Run
+from wanda_lightning.loop.steps import (
+    correct_batch_norm,
+    observe_batch_norm,
+    observe_in_one_pass,
+    pruning,
+    visit_stops,
+)
 from wanda_lightning.models import (
-    Inventory,
     Layer,
     SkippedMatrix,
     SkipReason,
@@ -26,77 +36,99 @@ from wanda_lightning.models import (
     number_of_parameters,
 )
 from wanda_lightning.models.layers import named_modules
-from wanda_lightning.planning.plan import Plan
-from wanda_lightning.planning.removal import Removal
-from wanda_lightning.planning.run import KeptEntries, Run
 from wanda_lightning.report import PrunedLayer, PruningReport
 from wanda_lightning.units.candidates import replace_attributes
 from wanda_lightning.units.fit_configuration import fit_configuration
 
 
-class RemoveExperts(Removal):
-    """Whole experts leave each mixture, in place. The report counts their weights in the sparsity.
+def remove_experts(run: Run) -> PruningReport:
+    """Take whole experts out of each mixture, in place. The report counts their weights in the sparsity.
 
     With `sequential="none"`, all experts are scored in the dense model; with `"block"`, those of each block after the
     mixtures of earlier blocks became smaller. Before a mixture changes, it is run without the experts that were chosen:
     it must compute the same as with these experts unroutable.
     """
+    plan = run.plan
+    mixtures = _find_mixtures(plan)
+    dense_parameters = number_of_parameters(plan.model)
+    removal = _ExpertRemoval(plan, mixtures)
+    batch_norm = observe_batch_norm(run)
+    run = observe_in_one_pass(run, removal.saliency)
+    with pruning(run) as run:
+        visit_stops(run, removal.saliency, removal.prune_stop, removal.restore)
+        removal.refuse_unreached()
+        run.store.finish(run)
+    _declare(plan.config, plan.model, mixtures)
+    run = correct_batch_norm(run, batch_norm)
 
-    expert_noun = "expert"
-    fate_of_rare_experts = "scored by these"
-    inspect_note = "--pattern experts removes whole experts, and leaves the layers outside of the experts as they are."
+    for layer in plan.layers:
+        if layer.name not in run.done.layers:
+            run.done.skipped[layer.name] = SkippedMatrix(
+                layer.name,
+                layer.stored_shape,
+                SkipReason.UNCOUPLED,
+                "no matrix of a routed expert",
+            )
+    dense = left_dense(run)
+    coverage = low_coverage(plan.inventory, dense)
+    report = make_report(run, dense, coverage=coverage, rare_experts=("expert", "scored by these"))
+    return _with_parameters(report, plan, mixtures, dense_parameters)
 
-    def __init__(self) -> None:
-        self._mixtures: list[Mixture] = []
+
+def _find_mixtures(plan: Plan) -> list[Mixture]:
+    """Find the mixtures, and refuse a model without a configuration for the rest, before any batch runs."""
+    with plan.processes.fail_together():
+        mixtures = find_mixtures(plan.config, plan.model, plan.inventory)
+        with ExitStack() as undo:
+            for mixture in mixtures:
+                undo.callback(_take_shapes(plan.config, mixture))
+            undo.callback(_declare(plan.config, plan.model, mixtures))
+    return mixtures
+
+
+def _with_parameters(
+    report: PruningReport, plan: Plan, mixtures: Sequence[Mixture], dense_parameters: int
+) -> PruningReport:
+    """Count the parameters that are gone in the sparsity, and say so."""
+    criterion = "REAP" if pattern_of(plan.config).average else "summed REAP"
+    zeros = dense_parameters - number_of_parameters(plan.model)
+    before = mixtures[0].number
+    gone = before - len(mixtures[0].slots[-1].tensor)
+    note = (
+        f"{gone} of {before} experts were taken out of each of {quantity(len(mixtures), 'layer')}: "
+        f"{zeros:,} parameters, which count as sparsity"
+    )
+    return replace(
+        report,
+        parameters=dense_parameters,
+        zeros=zeros,
+        # The method and the criterion choose weights, not experts.
+        config={**report.config, "preset": "", "criterion": {"name": criterion}},
+        notes=(note, *report.notes),
+    )
+
+
+class _ExpertRemoval:
+    """Takes experts out of the mixtures of one stop after the other."""
+
+    def __init__(self, plan: Plan, mixtures: Sequence[Mixture]) -> None:
+        self.saliency = ExpertSaliency(mixtures, pattern_of(plan.config).average, plan.processes)
+        self._config = plan.config
         # Those that still have all experts, by the module that holds the experts.
-        self._complete: dict[Module, Mixture] = {}
-        self._saliency = ExpertSaliency([])
-        self._dense_parameters = 0
+        self._complete = {mixture.experts: mixture for mixture in mixtures}
 
-    def check(self, config: PruningConfig, model: Module, inventory: Inventory) -> None:
-        """Refuse a model without mixtures of experts, or with some that cannot lose as many experts."""
-        find_mixtures(config, model, inventory)
-
-    def find(self, run: Run) -> Run:
-        """Find the mixtures, and refuse a model without a configuration for the rest, before any batch runs."""
-        plan = run.plan
-        with plan.processes.fail_together():
-            self._mixtures = find_mixtures(plan.config, plan.model, plan.inventory)
-            with ExitStack() as undo:
-                for mixture in self._mixtures:
-                    undo.callback(_take_shapes(plan.config, mixture))
-                undo.callback(_declare(plan.config, plan.model, self._mixtures))
-
-        self._complete = {mixture.experts: mixture for mixture in self._mixtures}
-        average = pattern_of(plan.config).average
-        self._saliency = ExpertSaliency(self._mixtures, average, plan.processes)
-        self._dense_parameters = number_of_parameters(plan.model)
-        for layer in plan.layers:
-            if layer.module not in self._complete or layer.expert is None:
-                run.done.skipped[layer.name] = SkippedMatrix(
-                    layer.name,
-                    layer.stored_shape,
-                    SkipReason.UNCOUPLED,
-                    "no matrix of a routed expert",
-                )
-        return run
-
-    def observer(self, plan: Plan) -> StopObserver:
-        """Return what measures the saliency of each expert."""
-        return self._saliency
-
-    def prune(self, run: Run, stop: Stop, observation: Observation) -> None:
+    def prune_stop(self, run: Run, stop: Stop, observation: Observation) -> None:
         """Take experts out of the mixtures of one stop."""
         processes = run.plan.processes
         mixtures = self._complete_mixtures(stop.layers)
-        keep = {mixture.name: self._choose(run.plan.config, mixture) for mixture in mixtures}
+        keep = {mixture.name: self._choose(mixture) for mixture in mixtures}
         # One process decides: sums that differ in the last digit could give another choice.
         keep = processes.broadcast(keep, 0)
 
         # All are checked before the first one changes.
         for mixture in mixtures:
             refuse_if_it_differs(
-                run.plan.config, mixture, self._saliency, keep[mixture.name], processes
+                self._config, mixture, self.saliency, keep[mixture.name], processes
             )
         names = {module: name for name, module in named_modules(run.plan.model).items()}
         for mixture in mixtures:
@@ -110,50 +142,27 @@ class RemoveExperts(Removal):
                 mixture.take(keep[mixture.name])
             del self._complete[mixture.experts]
 
-    def restore(self, run: Run, layers: Sequence[Layer]) -> None:
+    def restore(self, layers: Sequence[Layer]) -> None:
         """Make the mixtures of a stop small; an earlier run has written what is left."""
         for mixture in self._complete_mixtures(layers):
-            _take_shapes(run.plan.config, mixture)
+            _take_shapes(self._config, mixture)
             del self._complete[mixture.experts]
 
-    def refuse_unreached(self, run: Run) -> None:
+    def refuse_unreached(self) -> None:
         """Refuse a mixture that no sample has reached."""
         for mixture in self._complete.values():
-            self._choose(run.plan.config, mixture)
-
-    def finish(self, run: Run) -> None:
-        """Declare how many experts are left, in the modules and in the configuration."""
-        _declare(run.plan.config, run.plan.model, self._mixtures)
-
-    def complete(self, plan: Plan, report: PruningReport) -> PruningReport:
-        """Count the parameters that are gone in the sparsity, and say so."""
-        criterion = "REAP" if pattern_of(plan.config).average else "summed REAP"
-        zeros = self._dense_parameters - number_of_parameters(plan.model)
-        before = self._mixtures[0].number
-        gone = before - len(self._mixtures[0].slots[-1].tensor)
-        note = (
-            f"{gone} of {before} experts were taken out of each of {quantity(len(self._mixtures), 'layer')}: "
-            f"{zeros:,} parameters, which count as sparsity"
-        )
-        return replace(
-            report,
-            parameters=self._dense_parameters,
-            zeros=zeros,
-            # The method and the criterion choose weights, not experts.
-            config={**report.config, "preset": "", "criterion": {"name": criterion}},
-            notes=(note, *report.notes),
-        )
+            self._choose(mixture)
 
     def _complete_mixtures(self, layers: Sequence[Layer]) -> list[Mixture]:
         """Return the mixtures of these layers that still have all experts."""
         modules = dict.fromkeys(layer.module for layer in layers)
         return [self._complete[module] for module in modules if module in self._complete]
 
-    def _choose(self, config: PruningConfig, mixture: Mixture) -> Units:
+    def _choose(self, mixture: Mixture) -> Units:
         """Return which experts of a mixture stay."""
-        saliency = self._saliency.of(mixture)
+        saliency = self.saliency.of(mixture)
         problem = ""
-        if not self._saliency.tokens(mixture).any():
+        if not self.saliency.tokens(mixture).any():
             problem = "get no token except padding"
         elif not saliency.isfinite().all():
             problem = "return NaN or infinity"
@@ -163,12 +172,12 @@ class RemoveExperts(Removal):
                 "Check the batches and the weights, and that forward= runs the model; load it in float32 or bfloat16."
             )
         scores = saliency.float().view(mixture.groups, -1)
-        return config.pattern(scores, config.sparsity).flatten()
+        return self._config.pattern(scores, self._config.sparsity).flatten()
 
     def _record(self, run: Run, mixture: Mixture, keep: Units) -> None:
         """Record the matrices of dropped experts as zeros."""
-        tokens_of = self._saliency.tokens(mixture)
-        saliency_of = self._saliency.of(mixture)
+        tokens_of = self.saliency.tokens(mixture)
+        saliency_of = self.saliency.of(mixture)
         seen = set()  # an expert may have several matrices
         for layer in run.plan.layers:
             if layer.module is not mixture.experts or layer.expert is None:
@@ -178,7 +187,7 @@ class RemoveExperts(Removal):
             note = ""
             if is_dropped:
                 note = "dropped"
-            elif mixture.name in self._saliency.padding_counted:
+            elif mixture.name in self.saliency.padding_counted:
                 note = "padding counted"
             run.done.layers[layer.name] = PrunedLayer(
                 name=layer.name,

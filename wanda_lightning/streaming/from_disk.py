@@ -18,7 +18,7 @@ from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
 from wanda_lightning.engine.prune import prune_as
 from wanda_lightning.experts.mixture_checks import find_mixtures
-from wanda_lightning.planning.plan import make_plan
+from wanda_lightning.loop.plan import make_plan
 from wanda_lightning.report import PruningReport
 from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint
 from wanda_lightning.streaming.not_loaded import (

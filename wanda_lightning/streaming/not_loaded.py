@@ -17,7 +17,7 @@ from torch.linalg import vector_norm
 from wanda_lightning.common.wording import quantity
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.experts.mixtures import Mixture
-from wanda_lightning.planning.run import KeptEntries
+from wanda_lightning.loop.run import KeptEntries
 from wanda_lightning.streaming.checkpoint import Checkpoint
 from wanda_lightning.streaming.quantized_checkpoint import kept_tensor
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wanda_lightning.common.checks import require_extra
 from wanda_lightning.common.errors import MissingPackageError, UserError
-from wanda_lightning.planning.run import KeptEntries
+from wanda_lightning.loop.run import KeptEntries
 
 _METHODS = ("fp8", "mxfp4", "compressed-tensors")  # by `quant_method`
 _VERSION = (5, 24)  # of transformers: the first that dequantizes all of them while it loads

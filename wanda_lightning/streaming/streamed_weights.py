@@ -11,9 +11,9 @@ from wanda_lightning.calibration.lockstep import Visit, Visits, lockstep
 from wanda_lightning.calibration.observer import Observation, StopObserver
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.core.allocation import Sparsities
+from wanda_lightning.loop.plan import refuse_unprunable
+from wanda_lightning.loop.run import Restore, Run, WeightStore
 from wanda_lightning.models import Layer, ReadWeight
-from wanda_lightning.planning.plan import refuse_unprunable
-from wanda_lightning.planning.run import Restore, Run, WeightStore
 from wanda_lightning.streaming.checkpoint import RESIDENT, BlockLoader, Checkpoint, Keys
 from wanda_lightning.streaming.output_folder import OutputFolder, PartRecord
 

@@ -11,7 +11,7 @@ import torch
 from wanda_lightning.calibration.lockstep import Call, lockstep
 from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.common.progress import ProgressBar
-from wanda_lightning.planning.run import Run
+from wanda_lightning.loop.run import Run
 from wanda_lightning.units.candidates import UnitsByReader
 
 _RUNS = 7  # of each block, after one that warms up

@@ -1,63 +1,95 @@
 """Remove whole hidden units: find those that can leave, choose, and fill them with zeros, which `shrink` takes out."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import partial
 
+from wanda_lightning.calibration.observer import Observation, Observer
 from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.core.allocation import UnitLayer
+from wanda_lightning.core.allocation import Sparsities, UnitLayer
 from wanda_lightning.core.patterns import Pattern, Structured
-from wanda_lightning.masks.remove_weights import RemoveWeights, share_of_zeros
-from wanda_lightning.models import Inventory, Layer, ReadWeight, SkippedMatrix, SkipReason
-from wanda_lightning.planning.coverage import Note
-from wanda_lightning.planning.plan import DenseStatistics, Plan
-from wanda_lightning.planning.run import Run
-from wanda_lightning.report import PrunedLayer
+from wanda_lightning.loop.coverage import Note
+from wanda_lightning.loop.make_report import left_dense, make_report
+from wanda_lightning.loop.plan import DenseStatistics, Plan
+from wanda_lightning.loop.run import Run
+from wanda_lightning.loop.steps import (
+    allocate,
+    correct_batch_norm,
+    observe_batch_norm,
+    pruning,
+    recover,
+    start_recovery,
+    visit_stops,
+)
+from wanda_lightning.masks.prune_weights import prune_stop, share_of_zeros
+from wanda_lightning.models import (
+    Layer,
+    ReadWeight,
+    SkippedMatrices,
+    SkippedMatrix,
+    SkipReason,
+    Stop,
+)
+from wanda_lightning.report import PrunedLayer, PruningReport
 from wanda_lightning.units.candidates import UnitsByReader
 from wanda_lightning.units.costs import unit_costs
 from wanda_lightning.units.search import find_units
 
-_Skipped = Mapping[str, SkippedMatrix]
 
+def remove_units(run: Run) -> PruningReport:
+    """Set hidden units to zero: the columns of the layer that reads them, and the rows of the layers that write them.
 
-class RemoveUnits(RemoveWeights):
-    """Hidden units become zero: the columns of the layer that reads them, and the rows of the layers that write them.
-
-    The plan that `find` returns observes and prunes the readers only.
+    Only readers are observed and solved.
     """
+    all_layers = run.plan.layers
+    run, found = find_what_can_leave(run)
+    batch_norm = observe_batch_norm(run)
+    run = allocate(run, found.choose_sparsities, found.pattern_for, found.unit_columns)
+    # Layers without hidden units train, too.
+    recovery = start_recovery(run, all_layers)
+    with pruning(run) as run:
+        observer = Observer(run.plan.observed, run.plan.processes)
+        visit_stops(run, observer, partial(_prune_stop, found))
+        run.store.finish(run)
+    run = correct_batch_norm(run, batch_norm)
+    run = recover(run, recovery)
 
-    inspect_note = (
-        "--pattern structured prunes only those of these layers that write or read hidden units."
-    )
+    settings = {"unit_costs": dict(found.costs)} if found.costs else {}
+    dense = _left_dense(run, found.units)
+    return make_report(run, dense, notes=_notes(run, found), settings=settings)
 
-    def __init__(self) -> None:
-        self.units: UnitsByReader = {}  # by reader
-        # The cost of one unit, by reader, for `Fisher(cost=...)`; empty if all cost the same.
-        self.costs: Mapping[str, float] = {}
 
-    def find(self, run: Run) -> Run:
-        """Find the hidden units that can be taken out, and what they cost; all other layers stay dense.
+def find_what_can_leave(run: Run) -> tuple[Run, FoundUnits]:
+    """Return the run with a plan for the layers that read hidden units, and these units with their costs.
 
-        One sample runs through the dense model. For each candidate, a random half of the units is set to zero, and then
-        taken out: the block must compute the same. Units stay if the user has skipped a layer that writes them. A model
-        without blocks is one block.
-        """
-        with run.clock.timed("find units"), pruning_mode(run.plan.model):
-            self.units = _wide_enough(run.plan, find_units(run))
-            narrowed = replace(run, plan=_narrowed(run.plan, self.units))
-            self.costs = unit_costs(narrowed, self.units)
-        return narrowed
+    One sample runs through the dense model. For each candidate, a random half of the units is set to zero, and then
+    taken out: the block must compute the same. Units stay if the user has skipped a layer that writes them. A model
+    without blocks is one block.
+    """
+    with run.clock.timed("find units"), pruning_mode(run.plan.model):
+        units = _wide_enough(run.plan, find_units(run))
+        run = replace(run, plan=_narrowed(run.plan, units))
+        return run, FoundUnits(units, unit_costs(run, units))
+
+
+@dataclass(frozen=True)
+class FoundUnits:
+    """The hidden units that can be taken out."""
+
+    units: UnitsByReader  # by reader
+    # The cost of one unit, by reader, for `Fisher(cost=...)`; empty if all cost the same.
+    costs: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def unit_columns(self) -> Mapping[str, int]:
         """Columns of each hidden unit, by the layer that reads it."""
         return {name: units.columns_per_unit for name, units in self.units.items()}
 
-    def choose_sparsities(
-        self, plan: Plan, dense: DenseStatistics, read: ReadWeight
-    ) -> dict[str, float]:
+    def choose_sparsities(self, plan: Plan, dense: DenseStatistics, read: ReadWeight) -> Sparsities:
         """Give each layer that reads hidden units, and was measured, the fraction of them that becomes zero."""
         allocation = plan.config.allocation
         pattern = _structured(plan)
@@ -65,7 +97,7 @@ class RemoveUnits(RemoveWeights):
         for name, units in self.units.items():
             gradients = dense.gradients.get(name)
             scores = None if gradients is None else gradients.units
-            cost = self._cost_of({name: 1})
+            cost = self.cost_of({name: 1})
             is_measured = scores is not None or not allocation.reads_gradients
             if is_measured and cost:
                 kind = re.sub(r"\d+", "*", name)
@@ -87,80 +119,79 @@ class RemoveUnits(RemoveWeights):
         """Return the pattern of a reader, which may have several columns for each unit."""
         return replace(_structured(plan), columns=self.units[layer.name].columns_per_unit)
 
-    def after_write(self, run: Run, record: PrunedLayer) -> None:
-        """Set to zero what writes the units that a layer no longer reads, and record the writers."""
-        units = self.units[record.name]
-        records = run.done.layers
-        before = {writer.name: share_of_zeros(writer.read()) for writer in units.writers}
-        zeros = units.slots[-1].zeros()
-        units.zero(zeros)
-        number = int(zeros.sum())
-        run.done.zero_units[record.name] = number
-
-        note = f"{number:,} of {units.width:,} hidden units are zero"
-        if record.note:
-            note = f"{record.note}; {note}"
-        records[record.name] = replace(record, note=note)
-        for writer in units.writers:
-            name = writer.name
-            # A layer between two others reads units and writes units.
-            known = records.get(name) or PrunedLayer(
-                name=name,
-                shape=writer.shape,
-                target=record.target,
-                sparsity=0.0,
-                tokens=record.tokens,
-                before=before[name],
-                block=run.plan.inventory.blocks[name],
-            )
-            records[name] = replace(known, sparsity=share_of_zeros(writer.read()))
-
-    def left_dense(self, dense: _Skipped) -> _Skipped:
-        """Add what writes the hidden units that dense layers read."""
-        left = dict(dense)
-        for name, units in self.units.items():
-            if name in dense:
-                for writer in units.writers:
-                    skipped = replace(dense[name], name=writer.name, shape=writer.stored_shape)
-                    left.setdefault(writer.name, skipped)
-        return left
-
-    def coverage(self, inventory: Inventory, dense: _Skipped) -> Note | None:
-        """Return None: that other layers stay dense is what the user asked for."""
-        return None
-
-    def notes(self, run: Run) -> Iterator[Note]:
-        """Yield how many hidden units are zero, and what share of the cost they have."""
-        config = run.plan.config
-        if not config.sparsity:
-            return
-        number = sum(run.done.zero_units.values())
-        widths = {name: units.width for name, units in self.units.items()}
-        width = sum(widths.values())
-        if not number:
-            yield Note(
-                f"none of {width:,} hidden units is zero, because sparsity={config.sparsity:g} rounds to no "
-                "unit of any layer: use a smaller multiple_of, or a higher sparsity"
-            )
-            return
-        share_of_cost = ""
-        if self.costs:
-            share = self._cost_of(run.done.zero_units) / self._cost_of(widths)
-            share_of_cost = f", {share:.1%} of the {config.allocation.cost} of all"
-        yield Note(
-            f"{number:,} of {width:,} hidden units are zero{share_of_cost}; shrink() takes them out",
-            is_warning=False,
-        )
-
-    def settings(self, plan: Plan) -> dict[str, Any]:
-        """Return the costs of a unit, if units differ."""
-        return {"unit_costs": dict(self.costs)} if self.costs else {}
-
-    def _cost_of(self, numbers: Mapping[str, int]) -> float:
+    def cost_of(self, numbers: Mapping[str, int]) -> float:
         """Return what numbers of units cost, by reader; 0 for layers that the measured batch did not reach."""
         if not self.costs:
             return float(sum(numbers.values()))
         return sum(number * self.costs.get(name, 0.0) for name, number in numbers.items())
+
+
+def _prune_stop(found: FoundUnits, run: Run, stop: Stop, observation: Observation) -> None:
+    prune_stop(run, stop, observation, after_write=partial(_zero_units, found, run))
+
+
+def _zero_units(found: FoundUnits, run: Run, record: PrunedLayer) -> None:
+    """Set to zero what writes the units that a layer no longer reads, and record the writers."""
+    units = found.units[record.name]
+    records = run.done.layers
+    before = {writer.name: share_of_zeros(writer.read()) for writer in units.writers}
+    zeros = units.slots[-1].zeros()
+    units.zero(zeros)
+    number = int(zeros.sum())
+    run.done.zero_units[record.name] = number
+
+    note = f"{number:,} of {units.width:,} hidden units are zero"
+    if record.note:
+        note = f"{record.note}; {note}"
+    records[record.name] = replace(record, note=note)
+    for writer in units.writers:
+        name = writer.name
+        # A layer between two others reads units and writes units.
+        known = records.get(name) or PrunedLayer(
+            name=name,
+            shape=writer.shape,
+            target=record.target,
+            sparsity=0.0,
+            tokens=record.tokens,
+            before=before[name],
+            block=run.plan.inventory.blocks[name],
+        )
+        records[name] = replace(known, sparsity=share_of_zeros(writer.read()))
+
+
+def _left_dense(run: Run, units: UnitsByReader) -> SkippedMatrices:
+    """Return the layers that stayed dense, with what writes the hidden units that they read, in model order."""
+    dense = left_dense(run)
+    for reader in [name for name in units if name in dense]:
+        for writer in units[reader].writers:
+            skipped = replace(dense[reader], name=writer.name, shape=writer.stored_shape)
+            dense.setdefault(writer.name, skipped)
+    names = run.plan.inventory.blocks
+    return {name: dense[name] for name in names if name in dense and name not in run.done.layers}
+
+
+def _notes(run: Run, found: FoundUnits) -> Iterator[Note]:
+    """Yield how many hidden units are zero, and what share of the cost they have."""
+    config = run.plan.config
+    if not config.sparsity:
+        return
+    number = sum(run.done.zero_units.values())
+    widths = {name: units.width for name, units in found.units.items()}
+    width = sum(widths.values())
+    if not number:
+        yield Note(
+            f"none of {width:,} hidden units is zero, because sparsity={config.sparsity:g} rounds to no "
+            "unit of any layer: use a smaller multiple_of, or a higher sparsity"
+        )
+        return
+    share_of_cost = ""
+    if found.costs:
+        share = found.cost_of(run.done.zero_units) / found.cost_of(widths)
+        share_of_cost = f", {share:.1%} of the {config.allocation.cost} of all"
+    yield Note(
+        f"{number:,} of {width:,} hidden units are zero{share_of_cost}; shrink() takes them out",
+        is_warning=False,
+    )
 
 
 def _structured(plan: Plan) -> Structured:

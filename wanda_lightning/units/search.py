@@ -13,10 +13,10 @@ from torch.nn import Module
 
 from wanda_lightning.calibration.lockstep import Visit, lockstep
 from wanda_lightning.common.progress import ProgressBar
+from wanda_lightning.loop.plan import Plan
+from wanda_lightning.loop.run import Run
 from wanda_lightning.models import Layer, SkipReason, Stop, tied_tensors
 from wanda_lightning.models.layers import named_modules
-from wanda_lightning.planning.plan import Plan
-from wanda_lightning.planning.run import Run
 from wanda_lightning.units.block_runs import BlockRuns
 from wanda_lightning.units.candidates import HiddenUnits, Line, UnitsByReader, removable_units
 

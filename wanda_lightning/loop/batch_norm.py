@@ -76,7 +76,7 @@ class BatchNormStatistics:
     """
 
     def __init__(self, layers: Sequence[Module], samples: Samples) -> None:
-        self._layers = layers
+        self.layers = layers
         self._samples = samples
         self._processes = samples.processes
         self._original = [_moments_of(layer) for layer in layers]
@@ -87,7 +87,7 @@ class BatchNormStatistics:
 
     def observe_dense(self) -> None:
         """Run the batches through the dense model."""
-        if not self._layers:
+        if not self.layers:
             return
         with self._processes.fail_together(), note_on_error(lambda: _OPTION, kind=Exception):
             held_out = self._divide(-(-_MAX_SAMPLES // self._processes.world_size))
@@ -99,7 +99,7 @@ class BatchNormStatistics:
 
     def correct(self) -> BatchNormCorrection | None:
         """Correct the pruned model, unless that makes its predictions worse; None if there are no layers."""
-        if not self._layers:
+        if not self.layers:
             return None
         used_here = sum(batch.used for batch in self._batches)
         held_out_here = sum(sample.size for sample in self._held_out)
@@ -142,7 +142,7 @@ class BatchNormStatistics:
 
     def _correct(self) -> int:
         """Correct the statistics batch by batch, then by all batches of all processes; return how many layers."""
-        pruned_sums = [self._no_sums(index) for index in range(len(self._layers))]
+        pruned_sums = [self._no_sums(index) for index in range(len(self.layers))]
 
         def correct_so_far(index: int, call: int, inputs: Tensor) -> None:
             pruned_sums[index] += _sums(inputs)
@@ -168,7 +168,7 @@ class BatchNormStatistics:
 
     def _run(self, on_input: _OnInput) -> None:
         """Run the chosen calibration batches, and call `on_input` before each call of a layer."""
-        calls = [0] * len(self._layers)
+        calls = [0] * len(self.layers)
         used = 0
         size = 1
 
@@ -179,7 +179,7 @@ class BatchNormStatistics:
             calls[index] += 1
 
         with ExitStack() as hooks:
-            for index, layer in enumerate(self._layers):
+            for index, layer in enumerate(self.layers):
                 on_call = partial(hook, index)
                 hooks.enter_context(layer.register_forward_pre_hook(on_call, with_kwargs=True))
             for batch in self._batches:
@@ -204,7 +204,7 @@ class BatchNormStatistics:
         return float(total[0] / total[1]) if total[1] else None
 
     def _set(self, index: int, moments: _Moments) -> None:
-        layer: Any = self._layers[index]
+        layer: Any = self.layers[index]
         layer.running_mean.copy_(moments.mean)
         layer.running_var.copy_(moments.variance)
 

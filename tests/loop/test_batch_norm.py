@@ -21,7 +21,7 @@ from torchvision.ops import FrozenBatchNorm2d, Permute
 
 from wanda_lightning import Distill
 from wanda_lightning.engine import batch_norm
-from wanda_lightning.engine.batch_norm import batch_norm_layers
+from wanda_lightning.loop.batch_norm import batch_norm_layers
 
 
 def statistics(model):

@@ -3,27 +3,44 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterator, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from typing import Any
 
 from wanda_lightning.calibration import observer
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.wording import quantity
+from wanda_lightning.loop.coverage import Note, unfit_layers
+from wanda_lightning.loop.plan import Plan
+from wanda_lightning.loop.run import Run, unreached
 from wanda_lightning.models import SkippedMatrices, SkippedMatrix, SkipReason, count_parameters
-from wanda_lightning.planning.coverage import Note, unfit_layers
-from wanda_lightning.planning.plan import Plan
-from wanda_lightning.planning.removal import Removal
-from wanda_lightning.planning.run import Run, unreached
 from wanda_lightning.report import PruningReport
 
 log = logging.getLogger(__name__)
 
+_RARE_EXPERTS = ("expert layer", "pruned with the statistics of all experts")
 
-def make_report(run: Run, removal: Removal) -> PruningReport:
-    """Return the report of a run that has pruned all stops, and log its warnings."""
+
+def make_report(
+    run: Run,
+    dense: SkippedMatrices,
+    notes: Iterable[Note] = (),
+    coverage: Note | None = None,
+    settings: Mapping[str, Any] = {},
+    rare_experts: tuple[str, str] = _RARE_EXPERTS,
+) -> PruningReport:
+    """Return the report of a run that has pruned all stops, and log its warnings.
+
+    Args:
+        run: The run.
+        dense: What stayed dense, from `left_dense`.
+        notes: What a user should know about what left.
+        coverage: A warning if much less was pruned than a user would expect.
+        settings: Further entries for the configuration in the report.
+        rare_experts: What got few tokens, in the singular, and what follows for it.
+    """
     started = time.perf_counter()
     plan = run.plan
     pruned = run.done.layers
-    dense = _left_dense(run, removal)
     if not pruned and plan.config.sparsity > 0:
         only_zeros = any(matrix.reason == SkipReason.INACTIVE for matrix in dense.values())
         inputs = "only zeros" if only_zeros else "no token except padding"
@@ -32,8 +49,16 @@ def make_report(run: Run, removal: Removal) -> PruningReport:
             "pruned. Check that the batches hold more than padding or zeros, and that forward= runs the model."
         )
 
-    notes = _notes_on(run, removal, dense)
-    for note in notes:
+    all_notes = [
+        *_on_fallback(run),
+        *_on_layers(run, dense, rare_experts),
+        *filter(None, (unfit_layers(plan.inventory), coverage)),
+        *_on_targets(run),
+        *notes,
+        *_on_batch_norm(run),
+        *_on_training(run),
+    ]
+    for note in all_notes:
         if note.is_warning and plan.processes.rank == 0:
             log.warning(note.text)
 
@@ -41,11 +66,11 @@ def make_report(run: Run, removal: Removal) -> PruningReport:
         "preset": plan.preset,
         **plan.config.describe(),
         "calibration_batches": run.samples.total,
-        **removal.settings(plan),
+        **settings,
     }
     parameters, zeros = count_parameters(plan.model)
     run.clock["report"] = time.perf_counter() - started
-    report = PruningReport(
+    return PruningReport(
         layers=tuple(pruned[name] for name in plan.inventory.blocks if name in pruned),
         skipped=(*plan.inventory.skipped, *dense.values()),
         parameters=parameters,
@@ -53,42 +78,19 @@ def make_report(run: Run, removal: Removal) -> PruningReport:
         zeros=zeros + run.store.zeros,
         seconds=dict(run.clock),
         config=config,
-        notes=tuple(note.text for note in notes),
+        notes=tuple(note.text for note in all_notes),
         training=run.training,
     )
-    return removal.complete(plan, report)
 
 
-def _left_dense(run: Run, removal: Removal) -> dict[str, SkippedMatrix]:
-    """Return the layers of the plan that were not pruned, in model order, and what stays dense with them."""
+def left_dense(run: Run) -> dict[str, SkippedMatrix]:
+    """Return the layers of the plan that were not pruned, in model order."""
     done = run.done
-    dense = {
+    return {
         layer.name: done.skipped.get(layer.name) or unreached(layer)
         for layer in run.plan.layers
         if layer.name not in done.layers
     }
-    all_dense = removal.left_dense(dense)
-    return {
-        name: all_dense[name]
-        for name in run.plan.inventory.blocks
-        if name in all_dense and name not in done.layers
-    }
-
-
-def _notes_on(run: Run, removal: Removal, dense: SkippedMatrices) -> list[Note]:
-    on_coverage = (
-        unfit_layers(run.plan.inventory),
-        removal.coverage(run.plan.inventory, dense),
-    )
-    return [
-        *_on_fallback(run),
-        *_on_layers(run, removal, dense),
-        *filter(None, on_coverage),
-        *_on_targets(run),
-        *removal.notes(run),
-        *_on_batch_norm(run),
-        *_on_training(run),
-    ]
 
 
 def _on_fallback(run: Run) -> Iterator[Note]:
@@ -103,19 +105,20 @@ _LEFT_DENSE = (
 )
 
 
-def _on_layers(run: Run, removal: Removal, dense: SkippedMatrices) -> Iterator[Note]:
+def _on_layers(run: Run, dense: SkippedMatrices, rare_experts: tuple[str, str]) -> Iterator[Note]:
     for reason, why in _LEFT_DENSE:
         names = [name for name, matrix in dense.items() if matrix.reason is reason]
         if names:
             yield Note(f"{why} {_layers(names)}, {names[0]} first: left dense")
 
-    rare_experts = [name for name in run.done.few_tokens if name in run.done.layers]
-    if rare_experts:
-        rarest = min(rare_experts, key=lambda name: run.done.layers[name].tokens)
+    noun, fate = rare_experts
+    rare = [name for name in run.done.few_tokens if name in run.done.layers]
+    if rare:
+        rarest = min(rare, key=lambda name: run.done.layers[name].tokens)
         yield Note(
-            f"{_layers(rare_experts, removal.expert_noun)} received fewer than "
+            f"{_layers(rare, noun)} received fewer than "
             f"{observer.MIN_EXPERT_TOKENS} tokens, {rarest} fewest: {run.done.layers[rarest].tokens}. "
-            f"They are {removal.fate_of_rare_experts}: give more calibration samples"
+            f"They are {fate}: give more calibration samples"
         )
     if run.plan.observed and run.plan.config.sequential != "none":
         yield from _on_passed(run)

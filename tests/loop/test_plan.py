@@ -17,9 +17,9 @@ from support.zoo import ZOO, batches_of, model_of, seeded
 from torch import nn
 
 from wanda_lightning import NM, OWL, Distill, Fisher, PerLayer, PruningConfig, Unstructured
+from wanda_lightning.loop.plan import make_plan
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import find_layers
-from wanda_lightning.planning.plan import make_plan
 
 EVERY_GRANULARITY = pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 LLAMA = ZOO["llama"].build

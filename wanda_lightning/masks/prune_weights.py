@@ -1,47 +1,111 @@
-"""Prune the layers of one stop with their statistics: solve, write, and record what happened."""
+"""Set single weights to zero: `prune_weights` shows how, from top to bottom; below, one stop is solved and written."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from wanda_lightning.calibration.observer import Observation
+from wanda_lightning.calibration.observer import Observation, Observer
 from wanda_lightning.calibration.torch_internals import write_count
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.grouping import grouped
+from wanda_lightning.core.allocation import Sparsities
+from wanda_lightning.core.patterns import Pattern
 from wanda_lightning.core.statistics import Inputs, InputStatistics, relative_error
-from wanda_lightning.models import Layer, SkippedMatrix, SkipReason, Stop
+from wanda_lightning.loop.coverage import low_coverage
+from wanda_lightning.loop.make_report import left_dense, make_report
+from wanda_lightning.loop.plan import DenseStatistics, Plan
+from wanda_lightning.loop.run import Run, unreached
+from wanda_lightning.loop.steps import (
+    allocate,
+    correct_batch_norm,
+    observe_batch_norm,
+    pruning,
+    recover,
+    start_recovery,
+    visit_stops,
+)
+from wanda_lightning.models import Layer, ReadWeight, SkippedMatrix, SkipReason, Stop
 from wanda_lightning.models.layers import all_finite
-from wanda_lightning.planning.plan import Plan
-from wanda_lightning.planning.removal import Removal
-from wanda_lightning.planning.run import Run, unreached
-from wanda_lightning.report import POOLED, PrunedLayer
+from wanda_lightning.report import POOLED, PrunedLayer, PruningReport
 
 _MAX_GROUP = 1 << 28  # weights: 1 GiB in float32, and up to four times that in the solver
 
 
-class RemoveWeights(Removal):
-    """Single weights become zero, and a solver may change the others."""
+def prune_weights(run: Run) -> PruningReport:
+    """Set single weights to zero; a solver may change the others."""
+    batch_norm = observe_batch_norm(run)
+    run = allocate(run, choose_sparsities, pattern_for)
+    recovery = start_recovery(run, run.plan.layers)
+    with pruning(run) as run:
+        visit_stops(run, Observer(run.plan.observed, run.plan.processes), prune_stop)
+        run.store.finish(run)
+    run = correct_batch_norm(run, batch_norm)
+    run = recover(run, recovery)
+    return report_on_weights(run)
 
-    def prune(self, run: Run, stop: Stop, observation: Observation) -> None:
-        """Prune the layers that the samples reached, and leave the others dense with a reason."""
-        with run.plan.processes.fail_together():
-            reached = _reached_layers(run, stop, observation)
-            previous = InputStatistics()
-            for layers in _groups_to_solve(reached, observation.inputs, run.plan):
-                inputs = observation.inputs.get(layers[0].name, InputStatistics())
-                # Groups with one input follow each other: only then are its factors needed again.
-                if inputs is not previous:
-                    previous.forget_derived()
-                previous = inputs
-                for record in _prune_group(run, layers, inputs, observation):
-                    run.done.layers[record.name] = record
-                    self.after_write(run, record)
-            run.done.few_tokens |= observation.pooled
 
-    def after_write(self, run: Run, record: PrunedLayer) -> None:
-        """Change what belongs to a layer that was written."""
+def report_on_weights(run: Run) -> PruningReport:
+    """Return the report of a run in which weights became zero."""
+    dense = left_dense(run)
+    limits = run.plan.config.allocation.limits(run.plan.config.sparsity)
+    settings = {"allocation_limits": list(limits)} if limits else {}
+    coverage = low_coverage(run.plan.inventory, dense)
+    return make_report(run, dense, coverage=coverage, settings=settings)
+
+
+def choose_sparsities(plan: Plan, dense: DenseStatistics, read: ReadWeight) -> Sparsities:
+    """Return the sparsity of each layer with all statistics that the allocation reads."""
+    allocation = plan.config.allocation
+    layers = plan.layers
+    if allocation.needs:
+        reached = {name for name, inputs in dense.inputs.items() if inputs.count}
+        layers = tuple(layer for layer in layers if layer.name in reached)
+    if allocation.reads_gradients:
+        layers = tuple(layer for layer in layers if layer.name in dense.gradients)
+    if not layers:
+        return {}
+
+    described = plan.dense_layers(layers, dense, read)
+    sparsities = allocation(described, plan.config.sparsity)
+    wrong = {layer.name for layer in layers} ^ sparsities.keys()
+    if wrong:
+        raise UserError(
+            f"{plan.config.shown('allocation')} must return a sparsity for each layer, and for no other, "
+            f"but it did not for {', '.join(sorted(wrong))}."
+        )
+    return sparsities
+
+
+def pattern_for(plan: Plan, layer: Layer, sparsity: float) -> Pattern:
+    """Return the pattern of a layer with a sparsity of its own."""
+    return plan.config.pattern.for_sparsity(sparsity)
+
+
+def prune_stop(
+    run: Run,
+    stop: Stop,
+    observation: Observation,
+    after_write: Callable[[PrunedLayer], None] = lambda record: None,
+) -> None:
+    """Prune the layers that the samples reached, and leave the others dense with a reason.
+
+    `after_write` changes what belongs to a layer that was written.
+    """
+    with run.plan.processes.fail_together():
+        reached = _reached_layers(run, stop, observation)
+        previous = InputStatistics()
+        for layers in _groups_to_solve(reached, observation.inputs, run.plan):
+            inputs = observation.inputs.get(layers[0].name, InputStatistics())
+            # Groups with one input follow each other: only then are its factors needed again.
+            if inputs is not previous:
+                previous.forget_derived()
+            previous = inputs
+            for record in _prune_group(run, layers, inputs, observation):
+                run.done.layers[record.name] = record
+                after_write(record)
+        run.done.few_tokens |= observation.pooled
 
 
 def _reached_layers(run: Run, stop: Stop, observation: Observation) -> list[Layer]:

@@ -15,8 +15,8 @@ from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.wording import quantity
 from wanda_lightning.core.allocation import Sparsities
 from wanda_lightning.core.selection import Selection
+from wanda_lightning.loop.plan import Plan, refuse_unprunable
 from wanda_lightning.models import Layer, ReadWeight, SkippedMatrix, SkipReason
-from wanda_lightning.planning.plan import Plan, refuse_unprunable
 from wanda_lightning.report import BatchNormCorrection, PrunedLayer, Training
 
 Restore = Callable[[Sequence[Layer]], None]
@@ -74,6 +74,8 @@ class Run:
     done: Done = field(default_factory=Done)
     # How the weights of each layer are selected; empty until the sparsities are allocated.
     selections: Mapping[str, Selection] = field(default_factory=dict)
+    # What one pass through the dense model showed of all layers; None if each stop is observed when it is reached.
+    observation: Observation | None = None
     fallback: str = ""  # why the batches do not run in lockstep as asked; empty if they do
     not_corrected: str = ""  # why BatchNorm layers were not corrected; empty if they were
     batch_norm: BatchNormCorrection | None = None
