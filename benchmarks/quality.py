@@ -142,7 +142,7 @@ def prune_cells(
     for name, goal, choices in cells:
         model.load_state_dict(dense)
         try:
-            make_plan(PruningConfig.from_names(**choices), model)
+            make_plan(PruningConfig(**choices), model)
         except ValueError as error:
             print(f"Not measured: {name}, {goal}: {error}")
             continue

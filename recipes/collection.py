@@ -76,7 +76,7 @@ class Entry:
                     raise ValueError(f"{name} must be left out, since this script sets it.")
             groups = self._groups()
             refuse(*groups.values())
-            PruningConfig.from_names(**groups["pruning"].choices)
+            PruningConfig(**groups["pruning"].choices)
         except (ValueError, OSError) as error:
             raise ValueError(f"{self.name}: {error}") from error
 

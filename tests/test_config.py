@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from support.refusals import refuses
+from torch import nn
 
 import wanda_lightning as wl
 from wanda_lightning import (
@@ -14,15 +15,18 @@ from wanda_lightning import (
     OWL,
     Magnitude,
     NoRecovery,
+    PruningCallback,
     PruningConfig,
     Reconstruct,
     SparseGPT,
     Uniform,
     Unstructured,
     Wanda,
+    WandaPrune,
     ZeroOut,
+    prune,
 )
-from wanda_lightning.config import PruningChoices
+from wanda_lightning.config import PruningChoices, config_of
 from wanda_lightning.core.criteria import Saliency
 from wanda_lightning.methods import (
     ALLOCATIONS,
@@ -55,7 +59,7 @@ def test_the_defaults_are_wanda():
         only=(),
         keep_batch_norm=False,
     )
-    assert PruningConfig.from_names() == PruningConfig.from_names(method="wanda") == expected
+    assert PruningConfig() == PruningConfig(method="wanda") == expected
 
 
 @pytest.mark.parametrize(
@@ -68,9 +72,9 @@ def test_a_name_and_its_object_are_the_same(option, name):
     elif name.startswith("fisher_"):
         choices["pattern"] = "structured"
     choices[option] = name
-    by_name = PruningConfig.from_names(**choices)
+    by_name = PruningConfig(**choices)
     choices[option] = TABLES[option][name]()
-    assert by_name == PruningConfig.from_names(**choices)
+    assert by_name == PruningConfig(**choices)
     assert getattr(by_name, option) == choices[option]
     assert by_name.shown(option) == f"{option}={name!r}"
 
@@ -85,24 +89,24 @@ def test_a_name_and_its_object_are_the_same(option, name):
     ],
 )
 def test_the_solver_brings_its_criterion_unless_one_is_given(choices, criterion):
-    assert PruningConfig.from_names(**choices).criterion == criterion
+    assert PruningConfig(**choices).criterion == criterion
 
 
 @pytest.mark.parametrize("choices", [{"criterion": "magnitude"}, {"solver": "sparsegpt"}])
 def test_a_method_is_its_criterion_or_its_solver(choices):
     (name,) = choices.values()
-    assert PruningConfig.from_names(**choices) == PruningConfig.from_names(method=name)
+    assert PruningConfig(**choices) == PruningConfig(method=name)
 
 
 def test_choices_replace_those_of_the_method():
-    config = PruningConfig.from_names(method="best", solver=ADMM(iterations=2), allocation="owl")
+    config = PruningConfig(method="best", solver=ADMM(iterations=2), allocation="owl")
     assert (config.solver, config.allocation) == (ADMM(iterations=2), OWL())
     assert config.sequential == "one_pass"  # as in the preset
-    assert PruningConfig.from_names(method="admm", recovery="reconstruct").recovery == Reconstruct()
+    assert PruningConfig(method="admm", recovery="reconstruct").recovery == Reconstruct()
 
 
 def test_one_name_to_skip_is_a_list_of_one():
-    assert PruningConfig.from_names(skip="lm_head").skip == ("lm_head",)
+    assert PruningConfig(skip="lm_head").skip == ("lm_head",)
 
 
 # What is chosen, and what the sentence says.
@@ -124,17 +128,17 @@ REFUSED = r"""
 @pytest.mark.parametrize(("choices", "message"), yaml.safe_load(REFUSED))
 def test_what_is_refused(choices, message):
     with refuses(message):
-        PruningConfig.from_names(**choices)
+        PruningConfig(**choices)
 
 
 def test_a_class_in_the_place_of_an_object_is_told_so():
     message = r"criterion must be of class Criterion or .*, but it is <class.* Wanda\(\.\.\.\)"
     with refuses(message):
-        PruningConfig.from_names(criterion=Wanda)
+        PruningConfig(criterion=Wanda)
 
 
 def test_the_description_is_plain_data():
-    described = PruningConfig.from_names(pattern="2:4", skip=["a"]).describe()
+    described = PruningConfig(pattern="2:4", skip=["a"]).describe()
     assert described["pattern"] == {"name": "NM", "n": 2, "m": 4}
     assert described["skip"] == ["a"]
     assert described.keys() == {field.name for field in dataclasses.fields(PruningConfig)}
@@ -143,19 +147,19 @@ def test_the_description_is_plain_data():
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_has_its_name(name, pattern):
-    assert PruningConfig.from_names(method=name, pattern=pattern).preset == name
-    assert PruningConfig.from_names(method=name, pattern=pattern, allocation="owl").preset == ""
+    assert PruningConfig(method=name, pattern=pattern).preset == name
+    assert PruningConfig(method=name, pattern=pattern, allocation="owl").preset == ""
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_a_preset_is_recognized_by_its_choices(pattern):
     choices = {"criterion": "wanda", "pattern": pattern}
-    assert PruningConfig.from_names(**choices, sequential="one_pass").preset == "fast"
-    assert PruningConfig.from_names(**choices).preset == ""
+    assert PruningConfig(**choices, sequential="one_pass").preset == "fast"
+    assert PruningConfig(**choices).preset == ""
 
 
 def test_typed_choices_are_the_arguments():
-    arguments = inspect.get_annotations(PruningConfig.from_names)
+    arguments = inspect.get_annotations(PruningConfig.__init__)
     del arguments["sparsity"], arguments["return"]
     typed = inspect.get_annotations(PruningChoices)
     assert {name: hint.__forward_arg__ for name, hint in typed.items()} == arguments
@@ -174,3 +178,13 @@ def test_an_unknown_choice_is_named(start, near):
     wrong = {"pattern": "patern", "sparsity": "sparcity"}[near]
     with refuses(rf"^{wrong} is no choice of pruning\. Did you mean {near}\?$"):
         start(**{wrong: 0.5})
+
+
+def test_a_config_replaces_the_choices():
+    config = PruningConfig(0.5, method="balanced", pattern="2:4")
+    assert config_of(config, {}, prune) is config
+    assert PruningCallback(config).config is config
+    with refuses("A PruningConfig holds all choices, but skip came with one"):
+        prune(nn.Linear(4, 4), [], config, skip="a")
+    with refuses(r"WandaPrune takes a sparsity and choices.* Use PruningCallback\(config\)"):
+        WandaPrune(config)

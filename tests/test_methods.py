@@ -69,7 +69,7 @@ EVERY_NAME = pytest.mark.parametrize("name", [*METHODS, *PRESETS])
 def test_unstructured_means_what_the_method_compares(name):
     group = "row" if name in OF_ROWS else "layer"
     weigh_rows = None if name in WEIGHED else False
-    config = PruningConfig.from_names(method=name)
+    config = PruningConfig(method=name)
     assert config.pattern == Unstructured(group, weigh_rows=weigh_rows)
 
 
@@ -82,7 +82,7 @@ def test_unstructured_means_what_the_method_compares(name):
     ],
 )
 def test_any_method_compares_what_the_user_chooses(name, pattern, expected):
-    config = PruningConfig.from_names(method=name, pattern=pattern)
+    config = PruningConfig(method=name, pattern=pattern)
     assert config.pattern == expected
 
 

@@ -213,7 +213,7 @@ def test_a_class_without_a_dataclass_is_refused_since_the_report_would_lack_its_
             return weight
 
     with refuses(r"criterion must be a dataclass, .* but Plain is none"):
-        PruningConfig.from_names(criterion=Plain())
+        PruningConfig(criterion=Plain())
 
 
 def test_the_page_lists_all_statistics():

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from wanda_lightning.core.solvers import Solver
     from wanda_lightning.training import Recovery
 else:
-    Unpack = Optional  # jsonargparse would take no defaults and no help from `from_names`
+    Unpack = Optional  # jsonargparse would take no defaults and no help from `PruningConfig`
 
 _Contradictions = Iterator[tuple[str, str, str]]  # an option, another one, and why not both
 
 
 class PruningChoices(TypedDict, total=False):
-    """The type of `**choices`: all arguments of `PruningConfig.from_names` except the sparsity."""
+    """The type of `**choices`: all arguments of `PruningConfig` except the sparsity."""
 
     method: str | None
     criterion: Criterion | str | None
@@ -43,14 +43,39 @@ class PruningChoices(TypedDict, total=False):
     keep_batch_norm: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class PruningConfig:
-    """The choices of one pruning, resolved to objects.
+    """The choices of one pruning, resolved to objects: names and objects are taken, and defaults filled in.
 
-    `from_names` makes one from names and objects, fills in the defaults, and describes the attributes:
-
-        >>> PruningConfig.from_names(0.5, method="sparsegpt").solver
+        >>> PruningConfig(0.5, method="sparsegpt").solver
         SparseGPT(dampening=0.01, block_size=128, mask='block')
+
+    An object such as `NM(1, 4)` can replace a name. The commands derive options and help from this class.
+
+    Args:
+        sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1). The number of zeros in a row,
+            or in another group that is compared, is rounded down.
+        method: Name of a method (by default `wanda`, and `refit` for hidden units) or of a preset: `fast` (Wanda in
+            one pass), `balanced` (masks and weights together, by ADMM), `best`, or `thorough` (`best`, then
+            distillation); it sets the defaults of the other choices.
+        criterion: How weights are scored, by default as in the paper of the method or the solver.
+        pattern: Where zeros may fall: anywhere (`unstructured`), in N:M such as `2:4`, which keeps N of every M
+            weights, or in whole hidden units (`structured`, or `structured:16` to keep multiples of 16 instead of
+            8), which `shrink` takes out; or whole experts leave each mixture of experts (`experts`, or
+            `experts_reap` by REAP's score); `sparsity` is then a fraction of units or experts. `"unstructured"`
+            compares as in the method's paper, `"unstructured_row"` and `"unstructured_layer"` compare as they say;
+            `"equal_share"` is the paper's variant.
+        allocation: How the sparsity is distributed over layers: equally (`uniform`), or less where scores have more
+            outliers (`owl`) or the predictions depend more (`fisher`; for hidden units also by cost).
+        solver: How the final weights are computed: by zeroing alone (`zero_out`), or by updating the rest too.
+        recovery: How kept weights are trained: not at all (`none`), by block (`reconstruct`), or all (`distill`).
+        sequential: What is pruned before the statistics are collected: the earlier blocks (`block`), all earlier
+            layers (`layer`) or nothing (`none`); `auto` means none for image models, layer for structured patterns,
+            else block; `one_pass` means none for image models, else layer; and both mean block instead of layer if
+            a recovery trains blocks.
+        skip: Layers to leave dense: names, globs, or `re:` and a regular expression.
+        only: Layers to prune, by default all, named in the same way. `skip` takes precedence.
+        keep_batch_norm: Leave the running statistics of BatchNorm layers as they are, instead of correcting them.
 
     Raises:
         ValueError: If a value is out of range, a name is unknown, or two choices contradict each other.
@@ -67,9 +92,8 @@ class PruningConfig:
     only: tuple[str, ...]
     keep_batch_norm: bool
 
-    @classmethod
-    def from_names(
-        cls,
+    def __init__(
+        self,
         sparsity: float = 0.5,
         *,
         method: str | None = None,
@@ -82,37 +106,8 @@ class PruningConfig:
         skip: str | Sequence[str] = (),
         only: str | Sequence[str] = (),
         keep_batch_norm: bool = False,
-    ) -> PruningConfig:
-        """Resolve names to objects, and fill in the defaults. Only this function does so.
-
-        An object such as `NM(1, 4)` can replace a name. The commands derive options and help from this function.
-
-        Args:
-            sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1). The number of zeros in a row,
-                or in another group that is compared, is rounded down.
-            method: Name of a method (by default `wanda`, and `refit` for hidden units) or of a preset: `fast` (Wanda in
-                one pass), `balanced` (masks and weights together, by ADMM), `best`, or `thorough` (`best`, then
-                distillation); it sets the defaults of the other choices.
-            criterion: How weights are scored, by default as in the paper of the method or the solver.
-            pattern: Where zeros may fall: anywhere (`unstructured`), in N:M such as `2:4`, which keeps N of every M
-                weights, or in whole hidden units (`structured`, or `structured:16` to keep multiples of 16 instead of
-                8), which `shrink` takes out; or whole experts leave each mixture of experts (`experts`, or
-                `experts_reap` by REAP's score); `sparsity` is then a fraction of units or experts. `"unstructured"`
-                compares as in the method's paper, `"unstructured_row"` and `"unstructured_layer"` compare as they say;
-                `"equal_share"` is the paper's variant.
-            allocation: How the sparsity is distributed over layers: equally (`uniform`), or less where scores have more
-                outliers (`owl`) or the predictions depend more (`fisher`; for hidden units also by cost).
-            solver: How the final weights are computed: by zeroing alone (`zero_out`), or by updating the rest too.
-            recovery: How kept weights are trained: not at all (`none`), by block (`reconstruct`), or all (`distill`).
-            sequential: What is pruned before the statistics are collected: the earlier blocks (`block`), all earlier
-                layers (`layer`) or nothing (`none`); `auto` means none for image models, layer for structured patterns,
-                else block; `one_pass` means none for image models, else layer; and both mean block instead of layer if
-                a recovery trains blocks.
-            skip: Layers to leave dense: names, globs, or `re:` and a regular expression.
-            only: Layers to prune, by default all, named in the same way. `skip` takes precedence.
-            keep_batch_norm: Leave the running statistics of BatchNorm layers as they are, instead of correcting them.
-        """
-        _check_sparsity(sparsity)  # here too, because the following lines import torch
+    ) -> None:
+        _check_sparsity(sparsity)  # first: the following lines import torch
         check_pattern(pattern)
         is_preset = method is None or method in methods.PRESETS
         base: methods.Method = methods.Method() if method is None else _named("method", method)
@@ -134,7 +129,7 @@ class PruningConfig:
         # Methods choose these for the patterns that leave something to choose.
         has_fixed_sparsity = chosen_pattern.fixed_sparsity is not None
         usual_allocation = methods.ALLOCATIONS["uniform"] if has_fixed_sparsity else base.allocation
-        return cls(
+        self.__dict__.update(
             sparsity=sparsity,
             criterion=chosen_criterion,
             pattern=chosen_pattern,
@@ -146,9 +141,9 @@ class PruningConfig:
             only=check_patterns("only", only),
             keep_batch_norm=keep_batch_norm,
         )
+        self._check()
 
-    def __post_init__(self) -> None:
-        _check_sparsity(self.sparsity)
+    def _check(self) -> None:
         _named("sequential", self.sequential)
         check_flags(keep_batch_norm=self.keep_batch_norm)
         self.pattern.check(self.sparsity)
@@ -218,7 +213,7 @@ class PruningConfig:
         pattern = "unstructured" if is_free else self.pattern
         choices = [option for option in NAMES if option != "method"]
         for name in methods.PRESETS:
-            preset = PruningConfig.from_names(self.sparsity, method=name, pattern=pattern)
+            preset = PruningConfig(self.sparsity, method=name, pattern=pattern)
             if all(getattr(preset, option) == getattr(self, option) for option in choices):
                 return name
         return ""
@@ -274,7 +269,7 @@ NAMES: Mapping[str, Mapping[str, Any]] = {
     "recovery": methods.RECOVERIES,
     "sequential": dict.fromkeys((*methods.SEQUENTIAL_CHOICES, "auto", "one_pass")),
 }
-"""The names that an argument of `from_names` takes; `pattern` also takes any N:M, and `structured:16`."""
+"""The names that an argument of `PruningConfig` takes; `pattern` also takes any N:M, and `structured:16`."""
 
 
 def _base(option: str) -> type:
@@ -286,12 +281,22 @@ def _base(option: str) -> type:
     return next(getattr(room, option.title()) for room in rooms if hasattr(room, option.title()))
 
 
-def check_choices(choices: Mapping[str, Any], function: Callable[..., Any]) -> None:
-    """Raise a ValueError for one of the `**choices` of a function that is no choice of pruning."""
+def config_of(
+    sparsity: float | PruningConfig, choices: PruningChoices, function: Callable[..., Any]
+) -> PruningConfig:
+    """Return the configuration that a function was given, or that of its sparsity and its `**choices`."""
     known = PruningChoices.__annotations__
     for name in choices.keys() - known.keys():
         near = did_you_mean(name, [*known, *inspect.signature(function).parameters])
         raise UserError(f"{name} is no choice of pruning.{near}")
+    if not isinstance(sparsity, PruningConfig):
+        return PruningConfig(sparsity, **choices)
+    if choices:
+        raise UserError(
+            f"A PruningConfig holds all choices, but {', '.join(choices)} came with one. Give the config alone, or "
+            "dataclasses.replace(config, ...)."
+        )
+    return sparsity
 
 
 def _check_sparsity(sparsity: float) -> None:

@@ -62,7 +62,7 @@ def test_a_recipe_is_printed_with_the_defaults_of_the_choices(recipe, capsys):
     (callback,) = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
     assert callback["class_path"] == "wanda_lightning.WandaPrune"
     assert callback["init_args"]["pattern"] == "2:4"
-    assert callback["init_args"]["keep_batch_norm"] is False  # from `PruningConfig.from_names`
+    assert callback["init_args"]["keep_batch_norm"] is False  # from `PruningConfig`
 
 
 def test_validate_a_recipe_with_a_criterion_of_a_file_beside_it(

@@ -181,7 +181,7 @@ def test_the_revision_is_that_of_the_model():
     assert [models.source(name).revision for name in models.all] == ["main", "v1", "v1"]
 
 
-# Another value than the default for each argument of `PruningConfig.from_names`, as it is typed.
+# Another value than the default for each argument of `PruningConfig`, as it is typed.
 VALUES = {
     "sparsity": "0.25",
     "pattern": "unstructured_layer",
@@ -199,15 +199,15 @@ TYPED = {"sparsity": 0.25, "only": ["b", "c"]}
 
 
 def config(*arguments):
-    return PruningConfig.from_names(**groups_of("prune", *arguments)["pruning"].choices)
+    return PruningConfig(**groups_of("prune", *arguments)["pruning"].choices)
 
 
-@pytest.mark.parametrize("name", inspect.signature(PruningConfig.from_names).parameters)
+@pytest.mark.parametrize("name", inspect.signature(PruningConfig).parameters)
 def test_every_argument_of_the_config_is_an_option_that_reaches_it(name):
     value = VALUES[name]
     option = [f"--{name}"] if value is True else [f"--{name}", value]
     choices = {name: TYPED.get(name, value)}
-    expected = PruningConfig.from_names(**choices)
+    expected = PruningConfig(**choices)
     assert config(*option) == expected
     assert config() != expected
 

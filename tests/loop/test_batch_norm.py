@@ -20,7 +20,7 @@ from torch.testing import assert_close
 from torchvision.ops import FrozenBatchNorm2d, Permute
 
 from wanda_lightning import Distill
-from wanda_lightning.engine import batch_norm
+from wanda_lightning.loop import batch_norm
 from wanda_lightning.loop.batch_norm import batch_norm_layers
 
 

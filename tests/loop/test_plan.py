@@ -62,7 +62,7 @@ RESOLVED = """
 def test_choices_that_depend_on_the_model(names, choices, option, expected):
     """Rows are weighed except in image models, whose blocks Distill also trains, and which are pruned in one pass."""
     chosen = {name: NAMED.get(choice, choice) for name, choice in choices.items()}
-    config = PruningConfig.from_names(**chosen)
+    config = PruningConfig(**chosen)
     for name in names.split():
         plan = make_plan(config, model_of(name))
         assert getattr(plan.config, option) == NAMED.get(expected, expected)

@@ -72,7 +72,7 @@ def test_agreement_with_the_dense_model_in_a_sentence():
     ],
 )
 def test_methods_in_words(choices, words):
-    config = PruningConfig.from_names(**choices)
+    config = PruningConfig(**choices)
     assert method_in_words({**config.describe(), "preset": config.preset}) == words
 
 

@@ -130,7 +130,7 @@ def test_a_run_that_was_interrupted_while_it_copied_tensors_continues(
 def test_a_run_that_ended_before_its_report_was_used_gives_it_again(
     source, streamed, tmp_path, monkeypatch
 ):
-    config = PruningConfig.from_names(method="wanda")
+    config = PruningConfig(method="wanda")
     arguments = (tmp_path, batches())
     run = pruned_from_disk(config, ModelSource(source), *arguments, progress=False)
     with pytest.raises(KeyboardInterrupt), run as first:

@@ -71,7 +71,7 @@ def attempt(work):
 
 def prune_both(model, batches, forward=None, **choices):
     """Prune a model together; return the report."""
-    plan = make_plan(PruningConfig.from_names(**choices), model, both())
+    plan = make_plan(PruningConfig(**choices), model, both())
     return prune_as(plan, batches, forward=forward, progress=False)
 
 
@@ -206,7 +206,7 @@ def fisher_of(rank, name, shares, samples):
 
 
 def progress(rank):
-    plan = make_plan(PruningConfig.from_names(), model_of("plain_mlp"), both())
+    plan = make_plan(PruningConfig(), model_of("plain_mlp"), both())
     with contextlib.redirect_stderr(io.StringIO()) as shown:
         prune_as(plan, batches_of("plain_mlp")[rank::2], progress=True)
     return shown.getvalue()

@@ -45,7 +45,7 @@ def calls_of(model, names, batches):
 
 
 def run_of(model, batches, processes=SINGLE_PROCESS, **choices):
-    plan = make_plan(PruningConfig.from_names(**choices), model)
+    plan = make_plan(PruningConfig(**choices), model)
     samples = Samples(model, batches, lambda batch: run(model, batch), None, processes, "the test")
     return Run(plan, samples, WeightStore())
 

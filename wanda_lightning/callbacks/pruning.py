@@ -22,7 +22,7 @@ from wanda_lightning.common import checks
 from wanda_lightning.common.aliases import Kwargs, StrPath
 from wanda_lightning.common.atomic_write import require_writable
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
+from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, config_of
 from wanda_lightning.engine.prune import prune_as, prune_collected, rehearse
 from wanda_lightning.loop.plan import Plan, make_plan
 from wanda_lightning.parallel import SINGLE_PROCESS
@@ -51,7 +51,7 @@ class PruningCallback(ZerosCallback):
     `should_prune`. Two pruning callbacks of one class in a Trainer must differ in `skip` or `only`.
 
     Args:
-        sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1).
+        sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1); or a `PruningConfig`.
         num_samples: Number of calibration samples (sequences or images).
         dataloader: The calibration data.
         keep_zeros: Keep the zeros while the model trains.
@@ -63,7 +63,7 @@ class PruningCallback(ZerosCallback):
             and prunes when the loop ends. In `fit`, this is the first loop after the step of the schedule;
             `trainer.validate` evaluates the dense model first. `sequential` is then `"none"` by default, the only value
             that this supports. Whole batches are used until they have `num_samples` samples.
-        **choices: The other arguments of `PruningConfig.from_names`: `method`, `criterion`, `pattern`, `allocation`,
+        **choices: The other arguments of `PruningConfig`: `method`, `criterion`, `pattern`, `allocation`,
             `solver`, `recovery`, `sequential`, `skip`, `only`, `keep_batch_norm`.
 
     Raises:
@@ -79,7 +79,7 @@ class PruningCallback(ZerosCallback):
 
     def __init__(
         self,
-        sparsity: float = 0.5,
+        sparsity: float | PruningConfig = 0.5,
         *,
         num_samples: int = 128,
         dataloader: Iterable[Any] | None = None,
@@ -92,16 +92,20 @@ class PruningCallback(ZerosCallback):
         **choices: Unpack[PruningChoices],
     ) -> None:
         super().__init__()
-        check_choices(choices, PruningCallback)
-        method = choices.get("method")
-        if method is None:
-            choices["method"] = self._default_method
-        elif self._default_method not in (None, method):
-            raise UserError(
-                f"method must be {self._default_method!r} for {type(self).__name__}, but it is {method!r}. Use "
-                f"PruningCallback({sparsity}, method={method!r})."
-            )
-        self.config = PruningConfig.from_names(sparsity, **choices)
+        if self._default_method is not None:
+            if isinstance(sparsity, PruningConfig):
+                raise UserError(
+                    f"{type(self).__name__} takes a sparsity and choices, but it got a PruningConfig. Use "
+                    "PruningCallback(config)."
+                )
+            method = choices.get("method") or self._default_method
+            if method != self._default_method:
+                raise UserError(
+                    f"method must be {self._default_method!r} for {type(self).__name__}, but it is {method!r}. Use "
+                    f"PruningCallback({sparsity}, method={method!r})."
+                )
+            choices["method"] = method
+        self.config = config_of(sparsity, choices, PruningCallback)
         if calibrate_on == "validation" and self.config.sequential in ("auto", "one_pass"):
             # The statistics of a validation loop are those of the dense model.
             self.config = replace(self.config, sequential="none")

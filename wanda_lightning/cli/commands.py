@@ -59,7 +59,7 @@ def prune(
 ) -> None:
     """Prune a language model, an embedding model or an image classifier, and measure it before and after."""
     refuse(model, pruning, data, results)
-    config = PruningConfig.from_names(**pruning.choices)  # which imports torch
+    config = PruningConfig(**pruning.choices)  # which imports torch
     from wanda_lightning.cli import prune_command
 
     prune_command.prune(config, PruneOptions(model, pruning, data, results))
@@ -107,7 +107,7 @@ def inspect(
 ) -> None:
     """Show what prune would prune, what not, and why. No weight is loaded."""
     refuse(model)
-    config = PruningConfig.from_names(**pruning.choices)
+    config = PruningConfig(**pruning.choices)
     from wanda_lightning.cli import inspect_command
 
     inspect_command.inspect(config, model)

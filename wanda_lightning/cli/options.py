@@ -223,15 +223,15 @@ _ALIASES = {
 
 
 def _choices() -> Any:
-    """Return a dataclass with an option for each argument of `PruningConfig.from_names`.
+    """Return a dataclass with an option for each argument of `PruningConfig`.
 
     The help is the first sentence of the argument's description.
     """
-    text = inspect.getdoc(PruningConfig.from_names) or ""  # none under python -OO
+    text = inspect.getdoc(PruningConfig) or ""  # none under python -OO
     described = dict(re.findall(r"(?ms)^ {4}(\w+): (.+?\.)(?=\s|\Z)", text))
 
     options = []
-    for name, argument in inspect.signature(PruningConfig.from_names).parameters.items():
+    for name, argument in inspect.signature(PruningConfig).parameters.items():
         hint: Any = type(argument.default)
         check = None
         help = " ".join(described.get(name, "").replace("`", "").split())
@@ -266,7 +266,7 @@ class Pruning(_Choices):  # type: ignore[misc]  # a base made from PruningConfig
 
     @property
     def choices(self) -> Kwargs:
-        """The arguments of `PruningConfig.from_names`, with the pattern that the reference's flags stand for."""
+        """The arguments of `PruningConfig`, with the pattern that the reference's flags stand for."""
         choices = {option.name: getattr(self, option.name) for option in fields(_Choices)}
         if self.use_variant:
             choices["pattern"] = "equal_share"

@@ -13,7 +13,7 @@ from wanda_lightning.calibration.gradients import check_predictions
 from wanda_lightning.calibration.observer import PassiveCalibration
 from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.samples import Samples
-from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
+from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, config_of
 from wanda_lightning.experts.remove_experts import remove_experts
 from wanda_lightning.loop.plan import DenseStatistics, Plan, make_plan, refuse_unprunable
 from wanda_lightning.loop.run import Run, WeightStore
@@ -43,7 +43,7 @@ _ONE_LOOP = "the batches of a validation loop run only once"
 def prune(
     model: nn.Module,
     batches: Iterable[Any] | None = None,
-    sparsity: float = 0.5,
+    sparsity: float | PruningConfig = 0.5,
     *,
     forward: BatchFunction | None = None,
     progress: bool = True,
@@ -63,10 +63,10 @@ def prune(
         batches: Calibration batches, or a list of texts for a model that tokenizes them; all of them are used.
             `Magnitude` needs none, except for BatchNorm layers.
         sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1); of their hidden units or experts
-            with such a pattern.
+            with such a pattern. Or a `PruningConfig` with all choices.
         forward: Runs one batch through the model.
         progress: Show a bar (plain lines if there is no terminal).
-        **choices: The other arguments of `PruningConfig.from_names`: `method`, `criterion`, `pattern`, `allocation`,
+        **choices: The other arguments of `PruningConfig`: `method`, `criterion`, `pattern`, `allocation`,
             `solver`, `recovery`, `sequential`, `skip`, `only`, `keep_batch_norm`.
 
     Returns:
@@ -76,8 +76,7 @@ def prune(
         ValueError: If the model cannot be pruned as asked, before any weight is written; or if an activation is NaN or
             infinite.
     """
-    check_choices(choices, prune)
-    config = PruningConfig.from_names(sparsity, **choices)
+    config = config_of(sparsity, choices, prune)
     return prune_as(make_plan(config, model), batches, forward=forward, progress=progress)
 
 

@@ -121,7 +121,7 @@ def find_layers(
 ) -> Inventory:
     """Find the layers to prune, group them into stops, and list every other matrix with its reason.
 
-    `PruningConfig.from_names` describes the arguments; `sequential` is `"block"`, `"layer"` or `"none"`. Layers whose
+    `PruningConfig` describes the arguments; `sequential` is `"block"`, `"layer"` or `"none"`. Layers whose
     width does not fit the pattern are skipped. The weights are not read, so the model may be on the meta device. Raises
     a ValueError if a pattern in `skip` or `only` matches no matrix.
     """

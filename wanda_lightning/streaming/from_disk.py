@@ -15,7 +15,7 @@ from wanda_lightning.common.atomic_write import resolve_path
 from wanda_lightning.common.checks import shown
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
-from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
+from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, config_of
 from wanda_lightning.engine.prune import prune_as
 from wanda_lightning.experts.mixture_checks import find_mixtures
 from wanda_lightning.loop.plan import make_plan
@@ -42,7 +42,7 @@ def prune_from_disk(
     source: StrPath,
     output: StrPath,
     batches: Iterable[Any],
-    sparsity: float = 0.5,
+    sparsity: float | PruningConfig = 0.5,
     *,
     dtype: str | torch.dtype = "auto",
     revision: str | None = None,
@@ -71,7 +71,7 @@ def prune_from_disk(
         source: Hub id or local folder.
         output: A folder that is empty, does not exist, or was left by an interrupted run with the same arguments.
         batches: Calibration batches; all are kept in memory.
-        sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1).
+        sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1); or a `PruningConfig`.
         dtype: `"auto"` as stored, or float32, bfloat16 or float16, as a name or a `torch.dtype`.
         revision: Revision of a hub model.
         cache_dir: Folder for downloads from the hub.
@@ -81,14 +81,13 @@ def prune_from_disk(
             while this function runs.
         progress: Show a bar.
         device: Where the model computes, for example `"cuda"`. Two blocks and the activations are there.
-        **choices: The other arguments of `PruningConfig.from_names`. Choices that need the whole model are refused.
+        **choices: The other arguments of `PruningConfig`. Choices that need the whole model are refused.
 
     Raises:
         OSError: If the source cannot be read or the output cannot be written.
         ValueError: If a choice needs the whole model, or the output was begun with other choices.
     """
-    check_choices(choices, prune_from_disk)
-    config = PruningConfig.from_names(sparsity, **choices)
+    config = config_of(sparsity, choices, prune_from_disk)
     place = ModelSource(source, revision or "main", cache_dir, trust_remote_code)
     with pruned_from_disk(
         config, place, output, batches, dtype, tokenizer, forward, progress, device
