@@ -18,7 +18,8 @@ from measuring import cost_of, medians, random_windows, run_from_shell, seconds
 from peft import LoraConfig, get_peft_model
 from result import Result, Runs, Samples
 
-from wanda_lightning import CausalLMModule, Magnitude, keep_zeros, prune
+from wanda_lightning import CausalLMModule, keep_zeros, prune
+from wanda_lightning.core import Magnitude
 from wanda_lightning.lora import KeepZerosLoraConfig
 
 ADAPTERS = {

@@ -23,7 +23,8 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, Glm4MoeConfig, GptOssConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from wanda_lightning import perplexity_from_disk, prune_from_disk
+from wanda_lightning import prune_from_disk
+from wanda_lightning.streaming import perplexity_from_disk
 
 BLOCKS = 2
 VOCABULARY = 1024

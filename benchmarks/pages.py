@@ -17,8 +17,7 @@ import tables
 from result import OURS, read_drawn, read_table
 from tables import REFERENCE, ROOT, lookup, markdown, number, percent, perplexity
 
-import wanda_lightning
-from wanda_lightning import methods
+from wanda_lightning import core, methods, training
 from wanda_lightning.common.atomic_write import atomic_write
 
 FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -228,11 +227,11 @@ def _short(choice):
 def card(name):
     """How an object of a class is made, and what it does."""
     arguments = []
-    for parameter in inspect.signature(getattr(wanda_lightning, name)).parameters.values():
+    for parameter in inspect.signature(_class(name)).parameters.values():
         is_required = parameter.default is parameter.empty
         default = "" if is_required else f"={parameter.default!r}"
         arguments.append(f"{parameter.name}{default}")
-    text = f"`{name}({', '.join(arguments)})`: {_summary(name)}"
+    text = f"`{name}({', '.join(arguments)})`: {_first_paragraph(_class(name))}"
     return textwrap.fill(text, 132, break_long_words=False)
 
 
@@ -246,10 +245,19 @@ def names(*listed):
     return markdown(("name", "members", "what it is"), rows, "---")
 
 
+def _class(name):
+    """Return a class that a user chooses, from the room that has it."""
+    return getattr(core, name, None) or getattr(training, name)
+
+
 def _summary(name):
-    """Return the first paragraph of the docstring, in one line."""
     module, _, public = f"wanda_lightning.{name}".rpartition(".")
-    docstring = inspect.getdoc(getattr(importlib.import_module(module), public)) or ""
+    return _first_paragraph(getattr(importlib.import_module(module), public))
+
+
+def _first_paragraph(documented):
+    """Return the first paragraph of a docstring, in one line."""
+    docstring = inspect.getdoc(documented) or ""
     return " ".join(docstring.split("\n\n")[0].split())
 
 

@@ -35,15 +35,8 @@ from measuring import (
 )
 from result import Result, Runs, Samples, sparsity_of, to_hexadecimal
 
-from wanda_lightning import (
-    OWL,
-    Distill,
-    EqualShare,
-    Fisher,
-    PruningConfig,
-    Unstructured,
-    prune,
-)
+from wanda_lightning import OWL, Distill, Fisher, PruningConfig, prune
+from wanda_lightning.core import EqualShare, Unstructured
 from wanda_lightning.core.losses import divergence
 from wanda_lightning.data.text_sources import SELF
 from wanda_lightning.loop.plan import make_plan

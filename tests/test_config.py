@@ -13,20 +13,15 @@ import wanda_lightning as wl
 from wanda_lightning import (
     ADMM,
     OWL,
-    Magnitude,
-    NoRecovery,
     PruningCallback,
     PruningConfig,
     Reconstruct,
     SparseGPT,
-    Uniform,
-    Unstructured,
-    Wanda,
     WandaPrune,
-    ZeroOut,
     prune,
 )
 from wanda_lightning.config import PruningChoices, config_of
+from wanda_lightning.core import Magnitude, Uniform, Unstructured, Wanda, ZeroOut
 from wanda_lightning.core.criteria import Saliency
 from wanda_lightning.methods import (
     ALLOCATIONS,
@@ -36,6 +31,7 @@ from wanda_lightning.methods import (
     RECOVERIES,
     SOLVERS,
 )
+from wanda_lightning.training import NoRecovery
 
 TABLES = {
     "criterion": CRITERIA,

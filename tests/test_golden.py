@@ -12,8 +12,8 @@ from support.quiet import prune
 from support.reports import read_json
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from wanda_lightning import EqualShare, Magnitude, Unstructured, Wanda
 from wanda_lightning.config import resolve_pattern
+from wanda_lightning.core import EqualShare, Magnitude, Unstructured, Wanda
 from wanda_lightning.core.solvers import SparseGPT
 from wanda_lightning.core.statistics import InputStatistics
 

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 import wanda_lightning as wl
-from wanda_lightning import CausalLMModule, perplexity_from_disk, prune_from_disk
+from wanda_lightning import CausalLMModule, prune_from_disk
+from wanda_lightning.streaming import perplexity_from_disk
 
 
 def net():

@@ -1,14 +1,18 @@
 """Methods and presets, as the callback and `prune` take them."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from support.callbacks import WITHOUT_ADVICE, Net, validate_module
 from support.pairwise import spread, with_nightly
 from support.quiet import prune
+from support.refusals import refuses
 from support.zoo import ZOO
 
-from wanda_lightning import PruningCallback, PruningConfig, Unstructured
-from wanda_lightning.methods import METHODS, PATTERNS, PRESETS
+from wanda_lightning import PruningCallback, PruningConfig, register
+from wanda_lightning.core import Criterion, Unstructured
+from wanda_lightning.methods import CRITERIA, METHODS, PATTERNS, PRESETS
 
 pytestmark = WITHOUT_ADVICE
 OTHER_PATTERNS = [
@@ -114,3 +118,31 @@ def test_mixed_precision_rounds_no_solver(name):
         sparsities.append(callback.report.sparsity)
     assert torch.equal(*weights)
     assert sparsities[0] == sparsities[1]
+
+
+def test_a_class_of_ones_own_gets_a_name(monkeypatch):
+    for table in (CRITERIA, METHODS):  # which lose the name afterwards
+        monkeypatch.setitem(table, "power", None)
+        monkeypatch.delitem(table, "power")
+
+    @dataclass(frozen=True)
+    class Power(Criterion):
+        needs = frozenset({"square_sum"})
+        power: float = 0.5
+
+        def __call__(self, weight, inputs):
+            return weight.float().abs() * inputs.norm() ** self.power
+
+    for _ in range(2):  # as in a cell that runs twice
+        register("power")(Power)
+    for choices in ({"method": "power"}, {"criterion": "power"}):
+        assert PruningConfig(0.5, **choices).criterion == Power()
+    assert pruned("plain_mlp", "power", "2:4").config["criterion"] == {
+        "name": "Power",
+        "power": 0.5,
+    }
+
+    with refuses("'wanda' is a name of this package. Give Power another one"):
+        register("wanda")(Power)
+    with refuses(r"register\('net'\) takes a subclass of Criterion, Solver.*, but Net is none"):
+        register("net")(Net)

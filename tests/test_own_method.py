@@ -14,14 +14,8 @@ from support.quiet import prune
 from support.refusals import refuses
 from user_of_types import Power
 
-from wanda_lightning import (
-    Allocation,
-    Criterion,
-    Pattern,
-    PruningConfig,
-    Solver,
-    match_target,
-)
+from wanda_lightning import PruningConfig
+from wanda_lightning.core import Allocation, Criterion, Pattern, Solver, match_target
 from wanda_lightning.core.statistics import SUMS
 
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from wanda_lightning import Criterion, InputStatistics, PruningCallback, WandaPrune, prune
+from wanda_lightning import PruningCallback, WandaPrune, prune
+from wanda_lightning.core import Criterion, InputStatistics
 
 
 @dataclass(frozen=True)

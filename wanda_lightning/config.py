@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Optional, TypedDict
@@ -261,9 +262,9 @@ def _reads_data(choice: Any) -> bool:
 
 
 NAMES: Mapping[str, Mapping[str, Any]] = {
-    "method": {**methods.METHODS, **methods.PRESETS},
+    "method": ChainMap(methods.PRESETS, methods.METHODS),
     "criterion": methods.CRITERIA,
-    "pattern": {**methods.PATTERNS, "unstructured": methods.PATTERNS["unstructured_row"]},
+    "pattern": ChainMap({"unstructured": methods.PATTERNS["unstructured_row"]}, methods.PATTERNS),
     "allocation": methods.ALLOCATIONS,
     "solver": methods.SOLVERS,
     "recovery": methods.RECOVERIES,

@@ -1,17 +1,19 @@
 """The tables of all names that users can choose. Importing this file loads neither torch nor a model library.
 
 A method is a criterion, a solver, an allocation and a recovery under one name. A new method is one line in `METHODS`;
-the tables of criteria and solvers follow from it. Each choice is a function, because `wl.Wanda` imports torch: the root
-of the package imports a public class on first use. For a class that is not public, write a function that imports it.
+the tables of criteria and solvers follow from it. Entries are functions, because the classes import torch. `register`
+adds names from outside of the package.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, TypeVar
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-import wanda_lightning as wl
+from wanda_lightning.common.errors import UserError
 
 if TYPE_CHECKING:
     from wanda_lightning.core.allocation import Allocation
@@ -23,43 +25,50 @@ if TYPE_CHECKING:
 SEQUENTIAL_CHOICES = ("block", "layer", "none")
 
 _Choice = TypeVar("_Choice")
-Table = Mapping[str, Callable[[], _Choice]]  # by name
+Table = dict[str, Callable[[], _Choice]]  # by name
+
+
+def _make(room: str, name: str, **settings: Any) -> Any:
+    return getattr(import_module(f"wanda_lightning.{room}"), name)(**settings)
+
+
+def _core(name: str, **settings: Any) -> Callable[[], Any]:
+    """Return a function that makes an object of a class in `wanda_lightning.core`."""
+    return partial(_make, "core", name, **settings)
+
+
+def _training(name: str) -> Callable[[], Any]:
+    return partial(_make, "training", name)
+
 
 PATTERNS: Table[Pattern] = {
-    "unstructured_row": lambda: wl.Unstructured(group="row"),
-    "unstructured_layer": lambda: wl.Unstructured(group="layer"),
-    "unstructured_layer_weighted": lambda: wl.Unstructured(group="layer", weigh_rows=None),
-    "equal_share": lambda: wl.EqualShare(),
-    "structured": lambda: wl.Structured(),
-    "experts": lambda: wl.Experts(),
-    "experts_reap": lambda: wl.Experts(average=True),
-    "2:4": lambda: wl.NM(n=2, m=4),
-    "4:8": lambda: wl.NM(n=4, m=8),
+    "unstructured_row": _core("Unstructured", group="row"),
+    "unstructured_layer": _core("Unstructured", group="layer"),
+    "unstructured_layer_weighted": _core("Unstructured", group="layer", weigh_rows=None),
+    "equal_share": _core("EqualShare"),
+    "structured": _core("Structured"),
+    "experts": _core("Experts"),
+    "experts_reap": _core("Experts", average=True),
+    "2:4": _core("NM", n=2, m=4),
+    "4:8": _core("NM", n=4, m=8),
 }
 
 ALLOCATIONS: Table[Allocation] = {
-    "uniform": lambda: wl.Uniform(),
-    "owl": lambda: wl.OWL(),
-    "owl_layer": lambda: wl.OWL(per="layer"),
-    "fisher": lambda: wl.Fisher(),
-    "fisher_seconds": lambda: wl.Fisher(cost="seconds"),
+    "uniform": _core("Uniform"),
+    "owl": _core("OWL"),
+    "owl_layer": _core("OWL", per="layer"),
+    "fisher": _core("Fisher"),
+    "fisher_seconds": _core("Fisher", cost="seconds"),
 }
 
 RECOVERIES: Table[Recovery] = {
-    "none": lambda: wl.NoRecovery(),
-    "reconstruct": lambda: wl.Reconstruct(),
-    "distill": lambda: wl.Distill(),
+    "none": _training("NoRecovery"),
+    "reconstruct": _training("Reconstruct"),
+    "distill": _training("Distill"),
 }
 
 
-def _zero_out() -> Solver:
-    return wl.ZeroOut()
-
-
-def _saliency() -> Criterion:
-    from wanda_lightning.core.criteria import Saliency
-
-    return Saliency()
+_zero_out = _core("ZeroOut")
 
 
 @dataclass(frozen=True)
@@ -76,30 +85,30 @@ class Method:
     recovery: Callable[[], Recovery] = RECOVERIES["none"]
 
 
-METHODS: Mapping[str, Method] = {
-    "wanda": Method(lambda: wl.Wanda()),
-    "magnitude": Method(lambda: wl.Magnitude()),
-    "ria": Method(lambda: wl.RIA()),
-    "sparsegpt": Method(solver=lambda: wl.SparseGPT()),
-    "ablate_mag_seq": Method(lambda: wl.Magnitude(), lambda: wl.SparseGPT(mask="upfront")),
-    "ablate_wanda_seq": Method(lambda: wl.Wanda(), lambda: wl.SparseGPT(mask="upfront")),
-    "ablate_mag_iter": Method(lambda: wl.Magnitude(), lambda: wl.SparseGPT()),
-    "ablate_wanda_iter": Method(lambda: wl.Wanda(), lambda: wl.SparseGPT()),
-    "refit": Method(solver=lambda: wl.Refit()),
-    "admm": Method(solver=lambda: wl.ADMM()),
+METHODS: dict[str, Method] = {
+    "wanda": Method(_core("Wanda")),
+    "magnitude": Method(_core("Magnitude")),
+    "ria": Method(_core("RIA")),
+    "sparsegpt": Method(solver=_core("SparseGPT")),
+    "ablate_mag_seq": Method(_core("Magnitude"), _core("SparseGPT", mask="upfront")),
+    "ablate_wanda_seq": Method(_core("Wanda"), _core("SparseGPT", mask="upfront")),
+    "ablate_mag_iter": Method(_core("Magnitude"), _core("SparseGPT")),
+    "ablate_wanda_iter": Method(_core("Wanda"), _core("SparseGPT")),
+    "refit": Method(solver=_core("Refit")),
+    "admm": Method(solver=_core("ADMM")),
 }
 
 BEST = Method(
-    solver=lambda: wl.ADMM(),
+    solver=_core("ADMM"),
     group="layer_weighted",
     sequential="one_pass",
     # 8 windows of at least 512 tokens each, or 4096 images. The gradients of 8 images would be far too noisy.
-    allocation=lambda: wl.Fisher(num_samples=8, num_predictions=4096),
+    allocation=_core("Fisher", num_samples=8, num_predictions=4096),
 )
 
-PRESETS: Mapping[str, Method] = {
-    "fast": Method(lambda: wl.Wanda(), sequential="one_pass"),
-    "balanced": Method(solver=lambda: wl.ADMM(iterations=6), group="layer", sequential="one_pass"),
+PRESETS: dict[str, Method] = {
+    "fast": Method(_core("Wanda"), sequential="one_pass"),
+    "balanced": Method(solver=_core("ADMM", iterations=6), group="layer", sequential="one_pass"),
     "best": BEST,
     "thorough": replace(BEST, recovery=RECOVERIES["distill"]),
 }
@@ -108,10 +117,52 @@ CRITERIA: Table[Criterion] = {
     name: method.criterion
     for name, method in METHODS.items()
     if method.criterion and method.solver is _zero_out
-} | {"saliency": _saliency}
+} | {"saliency": _core("Saliency")}
 
 SOLVERS: Table[Solver] = {"zero_out": _zero_out} | {
     name: method.solver
     for name, method in METHODS.items()
     if method.criterion is None and method.recovery is RECOVERIES["none"]
 }
+
+_TABLES: dict[str, Table[Any]] = {
+    "Criterion": CRITERIA,
+    "Solver": SOLVERS,
+    "Pattern": PATTERNS,
+    "Allocation": ALLOCATIONS,
+    "Recovery": RECOVERIES,
+}
+
+
+def register(name: str) -> Callable[[type[_Choice]], type[_Choice]]:
+    """Give a class of your own a name, which every argument for such a class then takes.
+
+    The class is a frozen dataclass, and a criterion, solver, pattern, allocation or recovery whose hyperparameters have
+    defaults. A criterion or a solver is then a method, too: `@register("power")` makes `method="power"` work.
+
+    Raises:
+        ValueError: If the package has that name itself, or the class is none of these. A name of your own can be given
+            again, as when a cell of a notebook runs twice.
+    """
+
+    def add(cls: type[_Choice]) -> type[_Choice]:
+        base = next((base.__name__ for base in cls.__mro__ if base.__name__ in _TABLES), "")
+        if not base:
+            raise UserError(
+                f"register({name!r}) takes a subclass of {', '.join(_TABLES)}, but {cls.__name__} is none."
+            )
+        own_names = {**METHODS, **PRESETS, **_TABLES[base]}
+        if name in own_names and name not in _registered:
+            raise UserError(f"{name!r} is a name of this package. Give {cls.__name__} another one.")
+        _registered.add(name)
+        _TABLES[base][name] = cls
+        if base == "Criterion":
+            METHODS[name] = Method(cls)  # type: ignore[arg-type]
+        elif base == "Solver":
+            METHODS[name] = Method(solver=cls)  # type: ignore[arg-type]
+        return cls
+
+    return add
+
+
+_registered: set[str] = set()

@@ -14,10 +14,11 @@ from support.zoo import ZOO, batches_of, model_of, seeded
 from torch import nn
 from torch.testing import assert_close
 
-from wanda_lightning import NM, OWL, RIA, Unstructured
+from wanda_lightning import NM, OWL
 from wanda_lightning.calibration.lockstep import lockstep
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.pruning_mode import pruning_mode
+from wanda_lightning.core import RIA, Unstructured
 from wanda_lightning.core.criteria import Saliency
 from wanda_lightning.core.statistics import SUMS, InputStatistics
 from wanda_lightning.methods import SEQUENTIAL_CHOICES, SOLVERS

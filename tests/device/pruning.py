@@ -14,9 +14,11 @@ from support.quiet import prune
 from support.remote import DEVICES, assert_equal, on
 from support.zoo import ZOO, batches_of, model_of
 
-from wanda_lightning import NM, Unstructured, perplexity_from_disk, prune_from_disk, shrink
+from wanda_lightning import NM, prune_from_disk, shrink
 from wanda_lightning.common.evaluation_mode import seeded
+from wanda_lightning.core import Unstructured
 from wanda_lightning.methods import METHODS, PRESETS, SEQUENTIAL_CHOICES
+from wanda_lightning.streaming import perplexity_from_disk
 
 # Of few tokens; and PyTorch's, that the device has no fused kernels.
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -18,10 +18,11 @@ from timm.layers import Conv2dSame
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from wanda_lightning import NM, Unstructured
+from wanda_lightning import NM
 from wanda_lightning.calibration.lockstep import whole_model_calls
 from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.samples import forward_batch
+from wanda_lightning.core import Unstructured
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import Stop, find_layers
 

@@ -16,9 +16,9 @@ from support.zoo import ZOO, batches_of, cast, matching, matrices, model_of, run
 from torch import nn
 from torch.testing import assert_close
 
-from wanda_lightning import ADMM, Reconstruct, Refit, SparseGPT, Structured
+from wanda_lightning import ADMM, Reconstruct, SparseGPT
 from wanda_lightning.calibration.observer import PassiveCalibration
-from wanda_lightning.core import statistics
+from wanda_lightning.core import Refit, Structured, statistics
 from wanda_lightning.engine.prune import prune_collected
 from wanda_lightning.masks import prune_weights
 from wanda_lightning.methods import SEQUENTIAL_CHOICES

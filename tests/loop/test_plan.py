@@ -16,7 +16,8 @@ from support.refusals import Untouched, refusal
 from support.zoo import ZOO, batches_of, model_of, seeded
 from torch import nn
 
-from wanda_lightning import NM, OWL, Distill, Fisher, PerLayer, PruningConfig, Unstructured
+from wanda_lightning import NM, OWL, Distill, Fisher, PerLayer, PruningConfig
+from wanda_lightning.core import Unstructured
 from wanda_lightning.loop.plan import make_plan
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import find_layers

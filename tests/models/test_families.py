@@ -6,7 +6,8 @@ from support.families import ORDINARY, OWN_FILE
 from support.pairwise import with_nightly
 from support.zoo import family, names, of_timm
 
-from wanda_lightning import RIA, prune
+from wanda_lightning import prune
+from wanda_lightning.core import RIA
 
 # Models of transformers and timm warn about their own renamed arguments and missing kernels.
 pytestmark = pytest.mark.filterwarnings("ignore")

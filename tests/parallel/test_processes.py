@@ -19,7 +19,8 @@ from support.samples import gradients, split
 from support.zoo import batches_of, model_of
 from torch.testing import assert_close
 
-from wanda_lightning import Distill, Fisher, Magnitude, Reconstruct, Structured
+from wanda_lightning import Distill, Fisher, Reconstruct
+from wanda_lightning.core import Magnitude, Structured
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.parallel import Processes
 

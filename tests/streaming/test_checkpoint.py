@@ -12,9 +12,9 @@ from support.refusals import refuses
 from support.zoo import causal
 from transformers import LlamaForCausalLM
 
-from wanda_lightning import perplexity_from_disk
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.modules.model_loading import load_causal_lm
+from wanda_lightning.streaming import perplexity_from_disk
 from wanda_lightning.streaming.checkpoint import Checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore")

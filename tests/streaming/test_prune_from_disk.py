@@ -31,11 +31,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from wanda_lightning import OWL, perplexity_from_disk
+from wanda_lightning import OWL
 from wanda_lightning.common import progress
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.modules import WindowPerplexity
-from wanda_lightning.streaming import measure_perplexity
+from wanda_lightning.streaming import measure_perplexity, perplexity_from_disk
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

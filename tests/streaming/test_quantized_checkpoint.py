@@ -25,9 +25,10 @@ from support.refusals import alike
 from support.reports import read_json
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from wanda_lightning import CausalLMModule, perplexity_from_disk, shrink_from_disk
+from wanda_lightning import CausalLMModule, shrink_from_disk
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
+from wanda_lightning.streaming import perplexity_from_disk
 from wanda_lightning.streaming.checkpoint import Checkpoint
 from wanda_lightning.streaming.quantized_checkpoint import settings_of
 

@@ -20,7 +20,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, TensorDataset
 
-from wanda_lightning import Schedule, WandaPrune
+from wanda_lightning import WandaPrune
+from wanda_lightning.callbacks import Schedule
 
 # Starts of Lightning's advice that does not fit: workers would only slow down these tests, and some only train, for a
 # few steps.

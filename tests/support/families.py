@@ -33,7 +33,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from wanda_lightning import ImageClassifierModule, Structured, shrink
+from wanda_lightning import ImageClassifierModule, shrink
+from wanda_lightning.core import Structured
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import find_layers
 from wanda_lightning.units.fit_configuration import auto_classes, refuse_unloadable

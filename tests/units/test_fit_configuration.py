@@ -11,7 +11,8 @@ from support.tiny import tiny
 from support.zoo import batches_of, model_of
 from torch import nn
 
-from wanda_lightning import Structured, shrink
+from wanda_lightning import shrink
+from wanda_lightning.core import Structured
 from wanda_lightning.units.fit_configuration import auto_classes, fit_configuration
 
 

@@ -22,9 +22,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from wanda_lightning import Fisher, Structured
+from wanda_lightning import Fisher
 from wanda_lightning.calibration.gradients import gradient_statistics
 from wanda_lightning.calibration.pruning_mode import pruning_mode
+from wanda_lightning.core import Structured
 from wanda_lightning.core.allocation import GradientLimit, Uniform, UnitLayer
 from wanda_lightning.models import SkipReason
 from wanda_lightning.units.remove_units import find_what_can_leave
