@@ -46,12 +46,24 @@ PatternFor = Callable[[Plan, Layer, float], Pattern]
 def begin(
     plan: Plan,
     batches: Iterable[Any] | None,
-    forward: BatchFunction | None,
-    predict: BatchFunction | None,
-    progress: bool,
-    store: WeightStore,
+    forward: BatchFunction | None = None,
+    predict: BatchFunction | None = None,
+    progress: bool = True,
+    store: WeightStore = WeightStore(),
 ) -> Run:
-    """Start a run: refuse what can be refused before the model runs, then run one sample to its end."""
+    """Start a run: refuse what can be refused before the model runs, then run one sample to its end.
+
+    Args:
+        plan: The layers, their stops, and the choices.
+        batches: Calibration batches of this process.
+        forward: Runs one batch through the model; by default as in `prune`.
+        predict: Runs one batch and returns the logits, for choices that read gradients or train on predictions.
+        progress: Show bars in the first process.
+        store: Where the weights are.
+
+    Raises:
+        ValueError: If the model cannot be changed, or the batches cannot be read.
+    """
     started = time.perf_counter()
     with plan.processes.fail_together():
         store.check(plan.layers)
@@ -292,6 +304,7 @@ def visit_stops(
 ) -> None:
     """Observe each stop, call `prune` with what was observed, and train what is left of it.
 
+    The samples then run through the stop as `prune` has left it, unless the plan has `sequential="none"`.
     `restore` gives layers the shapes that they have after pruning, if an interrupted run has written them.
     """
     plan = run.plan
