@@ -171,20 +171,11 @@ SCORES = ("perplexity", "perplexity_second", "perplexity_chats", "top1", "diverg
 
 
 def read_drawn(table):
-    """Return the runs of a table; those that `draws.py` has repeated get means and standard deviations over all draws.
-
-    The deviation of a quantity is in `measured`, too: `perplexity_deviation`.
-    """
-    repeated = {}
-    for run in read_table("draws"):
-        repeated.setdefault(_without_draw(run), []).append(run)
-    results = []
-    for run in read_table(table):
-        others = repeated.get(_without_draw(run), [])
-        if run.method != "dense" and run.measured.keys() & {*SCORES}:
-            run = replace(run, measured=run.measured | over_draws([run, *others]))
-        results.append(run)
-    return results
+    """Return the runs of a table, with means and deviations over all draws of those that `draws.py` has repeated."""
+    runs = read_table(table)
+    known = {_without_draw(run) for run in runs}
+    repeated = [run for run in read_table("draws") if _without_draw(run) in known]
+    return averaged([*runs, *repeated])
 
 
 def _without_draw(run):
@@ -193,14 +184,26 @@ def _without_draw(run):
     return run.model, run.method, run.goal, case, run.calibration, run.evaluation
 
 
-def over_draws(runs):
-    """Return the mean and the standard deviation of each score that two runs or more have."""
-    measured = {}
-    for name in SCORES:
-        values = [run.measured[name] for run in runs if name in run.measured]
-        if len(values) > 1:
-            measured |= {name: mean(values), f"{name}_deviation": stdev(values)}
-    return measured
+def averaged(runs, key=_without_draw):
+    """Return one run for each key: the first, with means and standard deviations of the scores of all.
+
+    The deviation of a quantity is in `measured`, too: `perplexity_deviation`.
+    """
+    groups = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    results = []
+    for first, *others in groups.values():
+        measured = dict(first.measured)
+        # A run without any score takes them from another table.
+        for name in SCORES if measured.keys() & {*SCORES} else ():
+            values = [run.measured[name] for run in (first, *others) if name in run.measured]
+            if values:
+                measured[name] = mean(values)
+            if len(values) > 1 and first.method != "dense":
+                measured[f"{name}_deviation"] = stdev(values)
+        results.append(replace(first, measured=measured))
+    return results
 
 
 def read_table(table, folder=FOLDER):
