@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import quality
-import torch
 import worth
 from measuring import LanguageModel, Photos, Text, perplexity, run_from_shell
 from result import Runs
@@ -80,23 +79,12 @@ def encoder(options, seed):
     )
     kind = embedding.sentences(source, seed)
     runs = Runs(options.save, TABLE)
-    for planned, narrow in kind.units:
+    for planned, narrow in kind.rows[1:]:
 
         def measure(narrow=narrow):
-            return kind.quality(embeddings_of(narrow(copy.deepcopy(kind.dense))))
+            return kind.quality(kind.run(narrow(copy.deepcopy(kind.dense))))
 
         runs(replace(planned, case={"draw": seed}), measure)
-
-
-def embeddings_of(model):
-    """Return a function that runs a sentence encoder, with the interface of `programs.py`."""
-
-    @torch.no_grad()
-    def run(ids, _, mask):
-        features = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-        return model(features)["sentence_embedding"].numpy(), None
-
-    return run
 
 
 PARTS = {function.__name__: function for function in (text, units, photos, encoder)}

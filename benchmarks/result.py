@@ -25,9 +25,6 @@ PACKAGES = ("lightning", "timm", "torch", "transformers")
 QUANTITIES = {
     "perplexity": "on the evaluation windows",
     "perplexity_second": "on as many windows of a second text",
-    "perplexity_chats": "on as many windows of chats that the dense model has written",
-    "llama_cpp_perplexity": "the same by llama.cpp, from a .gguf file",
-    "perplexity_before": "the same before fine-tuning",
     "top1": "fraction of the evaluation images that are classified correctly",
     "top1_uncorrected": "the same without the correction of BatchNorm statistics",
     "divergence": "mean KL divergence from the dense predictions on the evaluation images",
@@ -37,11 +34,10 @@ QUANTITIES = {
     "acc_norm_error": "its standard error",
     "sparsity": "fraction of zeros in the pruned layers",
     "seconds": "duration",
-    "processor_seconds": "duration in which the processor worked for this process, over all threads",
-    "forward_seconds": "processor_seconds of a plain forward pass of one window through one block",
-    "block_seconds": "processor_seconds for one window in one block while pruning, without solving",
-    "solving_seconds": "processor_seconds in which the weights of one block are solved and written",
-    "before_seconds": "processor_seconds before the first layer is pruned",
+    "forward_seconds": "processor seconds of a plain forward pass of one window through one block",
+    "block_seconds": "processor seconds for one window in one block while pruning, without solving",
+    "solving_seconds": "processor seconds in which the weights of one block are solved and written",
+    "before_seconds": "processor seconds before the first layer is pruned",
     "ratio": "duration divided by that of the baseline, in the same process",
     "peak_mib": "largest increase of resident memory, in MiB",
     "plain_peak_mib": "the same for what it is compared with",
@@ -166,7 +162,7 @@ def read(file):
     return Result(**fields)
 
 
-SCORES = ("perplexity", "perplexity_second", "perplexity_chats", "top1", "divergence", "spearman")
+SCORES = ("perplexity", "perplexity_second", "top1", "divergence", "spearman")
 """Quantities that another draw of the calibration data changes."""
 
 

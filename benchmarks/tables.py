@@ -554,13 +554,6 @@ TABLES = {
             columns={"{quantity}": ["perplexity"], "{task}, {quantity}": ["acc", "acc_norm"]},
         )
     ],
-    "streaming": [
-        Table(
-            read=partial(read_table, "streaming_memory"),
-            columns={"{quantity}": ["peak_rss_mib", "read_gb", "written_gb"]},
-            rows="{run.model}, {title}, {choices}",
-        )
-    ],
     "windows": [
         Table(
             read=partial(read_tables, "windows", "methods"),
@@ -582,15 +575,6 @@ TABLES = {
     ],
     "encoder_draws": [
         Table(read=read_encoder, columns={"{quantity}": ["spearman"]}, has_source=False)
-    ],
-    "own_text": [
-        Table(
-            read=partial(read_tables, "own_text", "methods"),
-            columns={"{run.calibration.data}": ["perplexity"]},
-            methods=("wanda", "sparsegpt", "best"),
-            goals=("60 %",),
-            has_source=False,
-        )
     ],
     "experts": [
         Table(

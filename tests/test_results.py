@@ -56,7 +56,7 @@ def test_every_run_has_a_sparsity_a_pattern_and_numbers_that_are_described(table
         assert re.fullmatch(r"(un)?structured|experts|\d+:\d+", run.pattern), run.name
 
 
-@pytest.mark.parametrize("table", ["methods", "tasks", "own_text"])
+@pytest.mark.parametrize("table", ["methods", "tasks"])
 def test_the_benchmark_of_all_methods_can_repeat_the_runs(table):
     for run in read_table(table):
         if run.method != "dense":
