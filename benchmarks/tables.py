@@ -105,7 +105,7 @@ def _in_percent(heading, form=".1f"):
     return Quantity(heading, form, " %", 100)
 
 
-QUANTITIES = {
+SHOWN = {
     "perplexity": Quantity("perplexity", "#.4g"),
     "perplexity_second": Quantity("perplexity on python-docs", "#.4g"),
     "top1_uncorrected": _in_percent("accuracy without the correction"),
@@ -158,7 +158,7 @@ def number(result, name):
     """Return a measured number with its deviation or error, or an empty string if it was not measured."""
     if result is None or name not in result.measured:
         return ""
-    quantity = QUANTITIES[name]
+    quantity = SHOWN[name]
     value = quantity.factor * result.measured[name]
     shown = f"{value:{quantity.form}}".rstrip(".")
     if "e+" in shown:  # more digits before the point than the format has
@@ -279,7 +279,7 @@ class Table:
                     headings[column] = None
                     row.setdefault(column, {})[shown] = None
 
-        known = [*goals, *(quantity.heading for quantity in QUANTITIES.values())]
+        known = [*goals, *(quantity.heading for quantity in SHOWN.values())]
         ordered = [heading for heading in known if heading in headings]
         ordered += [heading for heading in headings if heading not in known]
         rows = []
@@ -294,7 +294,7 @@ class Table:
         for name in self.columns[columns]:
             shown = self.cell(run, name)
             if shown:
-                column = _filled(columns, run, goal=goal, quantity=QUANTITIES[name].heading)
+                column = _filled(columns, run, goal=goal, quantity=SHOWN[name].heading)
                 cells.setdefault(column, []).append(shown)
         return {column: ", ".join(texts) for column, texts in cells.items()}
 
@@ -303,7 +303,7 @@ class Table:
         names = []
         for columns, quantities in self.columns.items():
             if "{quantity}" not in columns:
-                names += [QUANTITIES[name].heading for name in quantities]
+                names += [SHOWN[name].heading for name in quantities]
         return ", ".join(names)
 
 
@@ -390,8 +390,8 @@ def _cell(run):
 
 def read_alps():
     """Return the runs of ALPS and our presets."""
-    runs = [run for run in read_table("reference") if run.code == "ALPS"]
-    return runs + [run for run in read_table("methods") if run.method != "alps"]
+    theirs = [run for run in read_table("reference") if run.code == "ALPS"]
+    return theirs + read_table("methods")
 
 
 def read_encoder():
@@ -458,7 +458,7 @@ def served(run, _=None):
 
 PERPLEXITY = {"{goal}": ["perplexity"]}
 WITH_SECONDS = {"{goal}": ["perplexity", "seconds"]}
-EACH = {"{quantity}": list(QUANTITIES)}  # those that were not measured have no column
+EACH = {"{quantity}": list(SHOWN)}  # those that were not measured have no column
 ACCURACY = {"{goal}": ["top1", "divergence"]}
 GOALS = ("50 %", "60 %", "2:4")
 MORE_GOALS = ("50 %", "60 %", "70 %", "2:4")

@@ -114,6 +114,24 @@ def test_the_table_of_all_methods_has_the_numbers_of_the_files():
     assert repeated >= 15
 
 
+@pytest.mark.parametrize(
+    ("measured", "shown"),
+    [
+        ({"perplexity": 65.296}, "65.30"),
+        ({"perplexity": 2780.27}, "2780"),
+        ({"perplexity": 162.27, "perplexity_deviation": 0.66}, "162.3 ± 0.7"),
+        ({"top1": 0.7231, "top1_deviation": 0.0071}, "72.3 ± 0.7 %"),
+        ({"seconds": 294.2}, "294 s"),
+        ({"seconds": 1.52}, "1.5 s"),
+        ({"divergence": 0.0000299}, "2.99e-05"),
+    ],
+)
+def test_a_number_has_its_digits_its_deviation_and_its_unit(measured, shown):
+    quantity, *_ = measured
+    run = Result(model="m", method="wanda", measured=measured)
+    assert tables.number(run, quantity) == shown
+
+
 def test_what_pays_says_it_in_short_cells():
     page = (ROOT / "docs" / "worth.md").read_text(encoding="utf-8")
     cells = [cell for row in cells_of(page) for cell in row]
