@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import quality
-import torch
 import worth
 from measuring import LanguageModel, Photos, Text, perplexity, run_from_shell
 from result import Runs
@@ -51,15 +50,12 @@ def units(options, seed):
     """Take hidden units out of a language model, by the loss."""
     language = LanguageModel(options, seed)
     change = partial(worth.narrower, language.calibration, allocation=worth.BY_LOSS)
-    base = replace(language.planned, case={"draw": seed})
-    runs = Runs(options.save, TABLE)
-    for planned, narrow in worth.rows_of_units(base, "structured, fisher", change, ("12.5", "25")):
+    rows = worth.rows_of_units(language.planned, "structured, fisher", change, ("12.5", "25"))
 
-        def measure(narrow=narrow):
-            model = narrow(copy.deepcopy(language.model))
-            return {"perplexity": perplexity(model, language.evaluation)}
+    def quality_of(model):
+        return {"perplexity": perplexity(model, language.evaluation)}
 
-        runs(planned, measure)
+    repeat(rows, language.model, quality_of, options, seed)
 
 
 def photos(options, seed):
@@ -79,24 +75,19 @@ def encoder(options, seed):
         model=options.encoder, calibration=options.calibration, eval=options.pairs
     )
     kind = embedding.sentences(source, seed)
-    runs = Runs(options.save, TABLE)
-    for planned, narrow in kind.units:
+    _, *rows = kind.rows
+    repeat(rows, kind.dense, lambda model: kind.quality(kind.run(model)), options, seed)
 
-        def measure(narrow=narrow):
-            return kind.quality(embeddings_of(narrow(copy.deepcopy(kind.dense))))
+
+def repeat(rows, dense, quality_of, options, seed):
+    """Measure the quality of each row, which is a run and what changes a copy of the dense model."""
+    runs = Runs(options.save, TABLE)
+    for planned, change in rows:
+
+        def measure(change=change):
+            return quality_of(change(copy.deepcopy(dense)))
 
         runs(replace(planned, case={"draw": seed}), measure)
-
-
-def embeddings_of(model):
-    """Return a function that runs a sentence encoder, with the interface of `programs.py`."""
-
-    @torch.no_grad()
-    def run(ids, _, mask):
-        features = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-        return model(features)["sentence_embedding"].numpy(), None
-
-    return run
 
 
 PARTS = {function.__name__: function for function in (text, units, photos, encoder)}

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import lightning as L
 import numpy as np
+import torch
 import worth
 from measuring import run_from_shell, seconds
 from result import Result, Samples
-from runtimes import Kind, measure
+from runtimes import measure
 from scipy.stats import spearmanr
-from worth import narrower, rows_of_units
+from worth import Kind, narrower, rows_of_units
 
 from wanda_lightning import (
     DistillFromDense,
@@ -32,9 +33,8 @@ from wanda_lightning import (
     shrink,
 )
 
-NUMBERS = ("float32", "int8")
+NUMBERS = dict.fromkeys(("onnxruntime", "openvino"), ("float32", "int8"))
 WIDTHS = ("50", "75")
-TRAINED = ("50", "75")
 PIECES = 25600  # of text, to train on
 LENGTHS = {1: 32, 32: 64}  # tokens, by the number of sentences
 PACKAGES = ("onnxruntime", "openvino", "nncf")
@@ -86,9 +86,10 @@ def sentences(options, seed=0):
         evaluation=Samples("STS-B", len(scores)),
         versions={name: metadata.version(name) for name in PACKAGES},
     )
-    units = rows_of_units(planned, "structured", partial(narrower, texts), WIDTHS)
-    units += rows_of_units(
-        planned, "structured, trained", partial(trained, options, seed=seed), TRAINED
+    rows = [(planned, lambda model: model)]
+    rows += rows_of_units(planned, "structured", partial(narrower, texts), WIDTHS)
+    rows += rows_of_units(
+        planned, "structured, trained", partial(trained, options, seed=seed), WIDTHS
     )
 
     def quality(run):
@@ -105,14 +106,24 @@ def sentences(options, seed=0):
         mask = np.ones_like(ids)
         return [seconds(lambda: run(ids, None, mask))]
 
-    numbers = dict.fromkeys(("onnxruntime", "openvino"), NUMBERS)
     samples = [arrays(batch) for batch in data.calibration_dataloader()]
-    return Kind(model, planned, units, numbers, quality, ["sentences"], clock, samples)
+    return Kind(model, rows, quality, ["sentences"], clock, run_sentences, samples)
+
+
+def run_sentences(model):
+    """Return what runs a sentence encoder."""
+
+    @torch.no_grad()
+    def run(ids, _, mask):
+        features = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+        return model(features)["sentence_embedding"].numpy(), None
+
+    return run
 
 
 def main(options: worth.Options = worth.Options()):
     """Measure the rows in each program."""
-    measure(sentences(options), options, "embedding", threads=1)
+    measure(sentences(options), NUMBERS, options, "embedding", threads=1)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Prune one small random model of every family in transformers and timm, check it, and write docs/models.md.
 
     PYTHONPATH=tests python benchmarks/families.py --only 'causal/qwen*' --resume families.json --write
-    PYTHONPATH=tests python benchmarks/families.py --uneven
 
 `tests/support/families.py` says what is checked.
 """
@@ -25,7 +24,6 @@ from support.families import (
     OWN_FILE,
     Result,
     check,
-    check_uneven,
     check_units,
     first_line,
 )
@@ -164,22 +162,6 @@ def examine(family):
     return result
 
 
-def examine_uneven(family):
-    """Return in a few words who builds the model of a folder whose layers differ in width."""
-    try:
-        with time_limit():
-            answer = check_uneven(family)
-    except CannotBuild:
-        return "cannot be built here"
-    except Exception as error:
-        if "finds no hidden units" in str(error):
-            return "no hidden units found in other blocks than the last"
-        return first_line(error)
-    if answer is None:
-        return "the configuration gives the widths"
-    return "transformers, vLLM and SGLang" if answer else "transformers"
-
-
 @contextmanager
 def time_limit():
     """Stop what takes too long."""
@@ -200,7 +182,6 @@ def main(
     only: Sequence[str] = ("*",),
     resume: Path | None = None,
     write: bool = False,
-    uneven: bool = False,
 ):
     """Examine the chosen families, in a process that continues after a crash, and print the summary.
 
@@ -208,7 +189,6 @@ def main(
         only: Patterns of families, by kind/name.
         resume: JSON file of results: families in it are not examined again.
         write: Write docs/models.md.
-        uneven: Instead, check folders whose layers differ in width, and count who builds their models.
     """
     warnings.simplefilter("ignore")
     hf.logging.set_verbosity_error()
@@ -226,16 +206,6 @@ def main(
 
     families = {f"{kind}/{name}": (kind, name) for kind in KINDS for name in names(kind)}
     chosen = sorted(matching(families, only))
-    if uneven:
-        answers = {}
-        for key in chosen:
-            if not key.startswith("timm/"):
-                answers[key] = examine_uneven(family(*families[key]))
-                print(key, answers[key], sep=": ", flush=True)
-        for answer, number in Counter(answers.values()).most_common():
-            print(number, answer)
-        return
-
     for key in chosen:
         if key not in results:
             specimen = family(*families[key])

@@ -3,14 +3,16 @@
     make results                     (runs this script and benchmarks/pages.py)
     python benchmarks/figures.py     (needs matplotlib: pip install 'wanda_lightning[report]')
 
-For each name in `FIGURES`, a function returns what `docs/NAME.svg` shows, and another draws it. The file holds the
-first as its description, so that a test compares it with the runs without drawing.
+For each name in `FIGURES`, a function returns what `docs/NAME.svg` shows, and another draws it: dots for the same
+quantity of several methods, or curves. The file holds the first as its description, so that a test compares it with the
+runs without drawing.
 """
 
 import json
+from itertools import cycle
 
 from result import OURS, read_drawn, read_table
-from tables import LABELS, REFERENCE, ROOT, in_order, lookup
+from tables import LABELS, REFERENCE, ROOT, in_order, lookup, number
 
 from wanda_lightning.common.atomic_write import atomic_write
 from wanda_lightning.common.checks import require_extra
@@ -19,8 +21,6 @@ INK = "#1f2328"
 FAINT = "#6e7781"
 GRID = "#d8dee4"
 BLUE = "#0969da"
-GREEN = "#1a7f37"
-ORANGE = "#bc4c00"
 STYLE = {
     "font.size": 10,
     "text.color": INK,
@@ -38,52 +38,38 @@ STYLE = {
     "savefig.pad_inches": 0.15,
     "svg.hashsalt": "wanda_lightning",  # the same picture has the same bytes
 }
-GOALS = {"50 %": (BLUE, "o"), "60 %": (ORANGE, "s"), "2:4": (GREEN, "D")}
-ALPS = "ALPS"
-PRESETS = ("thorough", "best", "balanced", "fast")
+GOALS = {"50 %": (BLUE, "o"), "60 %": ("#bc4c00", "s"), "2:4": ("#1a7f37", "D")}
 COMPARED = (  # method, whose implementation, label
     ("thorough", OURS, "thorough"),
     ("best", OURS, "best"),
     ("balanced", OURS, "balanced"),
     ("fast", OURS, "fast"),
-    ("alps", ALPS, "ALPS, authors' code"),
+    ("alps", "ALPS", "ALPS, authors' code"),
     ("sparsegpt", REFERENCE, "SparseGPT, reference code"),
-    ("sparsegpt", OURS, "SparseGPT, ours"),
+    ("sparsegpt", OURS, "SparseGPT"),
     ("wanda", OURS, "Wanda"),
     ("magnitude", OURS, "magnitude"),
 )
 
 
-# Where a name may stand beside its point: shift in points, and horizontal alignment.
-SIDES = [(9, 0, "left"), (-9, 0, "right"), (0, 12, "center"), (0, -12, "center")]
-for shift in (9, -9, 16, -16, 26):
-    SIDES += [(8, shift, "left"), (-8, shift, "right")]
-SIDES += [(0, shift, "center") for shift in (-23, 23, -35)]
-
-
 def methods():
-    """Perplexity at each sparsity and seconds of pruning, for the presets and for other methods."""
-    rows = []
+    """Perplexity of methods at each sparsity with its deviation, and their seconds."""
+    ours = read_drawn("methods")
+    runs = {(run.code, *key): run for key, run in lookup(ours).items()}
+    for run in read_table("reference"):
+        if run.code != OURS:
+            runs[run.code, run.method, run.goal] = run
+
+    rows = {}
     for method, code, label in COMPARED:
-        table = read_drawn("methods") if code == OURS else read_table("reference")
-        cells = lookup(run for run in table if run.code == code)
-        runs = {goal: cells[method, goal] for goal in GOALS if (method, goal) in cells}
-        perplexities = {goal: round(run.measured["perplexity"], 2) for goal, run in runs.items()}
-        # The seconds of other implementations are of machines whose state was not recorded.
-        seconds = sorted(round(run.measured["seconds"]) for run in runs.values() if code == OURS)
-        deviations = {
-            goal: round(run.measured["perplexity_deviation"], 2)
-            for goal, run in runs.items()
-            if "perplexity_deviation" in run.measured
-        }
-        rows.append(
-            {
-                "label": label,
-                "perplexity": perplexities,
-                "deviation": deviations,
-                "seconds": seconds,
-            }
-        )
+        cells = [runs[code, method, goal] for goal in GOALS]
+        if code == OURS:  # the machines of others are not known
+            cells.sort(key=lambda run: run.measured["seconds"])
+            label += f", {number(cells[0], 'seconds')} to {number(cells[-1], 'seconds')}"
+        rows[label] = {}
+        for run in cells:
+            deviation = run.measured.get("perplexity_deviation", 0)
+            rows[label][run.goal] = [round(run.measured["perplexity"], 2), round(deviation, 2)]
     return {"dense": _dense(), "rows": rows}
 
 
@@ -91,186 +77,116 @@ def _dense():
     return round(lookup(read_table("methods"))["dense", "dense"].measured["perplexity"], 2)
 
 
-def draw_methods(data):
-    """Draw one line for each method, with a mark for each sparsity, and a bar for the deviation over draws."""
+def draw_dots(data):
+    """Draw a mark for each method and sparsity, with a bar for the deviation over draws."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 4.3), layout="constrained")
     rows = data["rows"]
-    marks = {}
-    times = []
-    for height, row in enumerate(rows):
-        values = sorted(row["perplexity"].values())
-        axes.plot([values[0], values[-1]], [height, height], color=GRID, linewidth=2, zorder=1)
-        for goal, value in row["perplexity"].items():
-            color, marker = GOALS[goal]
-            marks[goal] = axes.scatter(value, height, s=46, color=color, marker=marker, zorder=2)
-            deviation = row["deviation"].get(goal)
-            if deviation:
-                axes.errorbar(value, height, xerr=deviation, color=INK, capsize=3, linewidth=1)
-        ends = dict.fromkeys(row["seconds"][:1] + row["seconds"][-1:])
-        times.append(f"{' to '.join(map(str, ends))} s" if ends else "not compared")
-
-    top = -0.8
-    dense = data["dense"]
-    bottom = len(rows)
-    axes.plot([dense, dense], [-0.5, bottom], color=FAINT, linewidth=1, linestyle="--")
-    axes.annotate(f"dense {dense}", (dense, top), va="center", ha="center", color=FAINT)
-
-    axes.set_yticks(range(bottom), [row["label"] for row in rows])
-    right = axes.secondary_yaxis("right")
-    right.set_yticks([top, *range(bottom)], ["time to prune", *times])
-    right.tick_params(length=0)
-    right.spines["right"].set_visible(False)
-    for text in axes.get_yticklabels()[: len(PRESETS)]:
-        text.set_fontweight("bold")
-    axes.set(xlabel="perplexity, logarithmic: lower is better", ylim=(bottom - 0.4, -1.1))
+    heights = range(len(rows))
+    for goal, (color, marker) in GOALS.items():
+        values, deviations = zip(*(row[goal] for row in rows.values()), strict=True)
+        axes.errorbar(
+            values, heights, xerr=deviations, fmt=marker, color=color, ecolor=INK, label=goal
+        )
+    axes.axvline(data["dense"], color=FAINT, linestyle="--", label=f"dense, {data['dense']}")
+    axes.set_yticks(heights, rows)
+    axes.invert_yaxis()
+    axes.grid(axis="y", color=GRID, linewidth=0.6)
+    axes.set_xlabel("perplexity, logarithmic: lower is better")
     _logarithmic(axes, "x")
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
-    handles = [marks[goal] for goal in GOALS]
-    axes.legend(handles, GOALS, title="sparsity", loc=(0.72, 0.42), frameon=False)
+    axes.legend(loc="upper right")
     return figure
 
 
 def _logarithmic(axes, *names):
     """Give axes logarithmic scales with plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     for name in names:
         getattr(axes, f"set_{name}scale")("log")
         axis = getattr(axes, f"{name}axis")
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(NullFormatter())
-        axis.grid(color=GRID, linewidth=0.6)
     axes.minorticks_off()
-    axes.set_axisbelow(True)
 
 
 def frontier():
-    """Seconds and perplexity of all methods but magnitude, fastest first, for each goal."""
+    """Seconds and perplexity of all methods but magnitude, for each goal, worst first."""
     panels = {}
     for goal in GOALS:
         points = []
         for run in read_drawn("methods"):
             if run.goal == goal and run.method != "magnitude" and "seconds" in run.measured:
-                name = _short(run.method)
-                points.append((run.measured["seconds"], run.measured["perplexity"], name))
-        panels[goal] = [[round(x, 1), round(y, 2), name] for x, y, name in sorted(points)]
-    return {"dense": _dense(), "panels": panels}
+                name = LABELS[run.method].replace("`", "").replace("sequential=", "")
+                place = [round(run.measured["seconds"], 1), round(run.measured["perplexity"], 2)]
+                points.append([*place, name])
+        points.sort(key=lambda point: -point[1])
+        best = [point for point in points if not any(_beats(other, point) for other in points)]
+        others = [point for point in points if point not in best]
+        panels[f"{goal}, dense: {_dense()}"] = [
+            ["no faster method is as good", "o-", [(-6, -11)], best],
+            ["other methods", "o", [(6, 5), (6, -3)], others],
+        ]
+    return {"x": "seconds to prune", "y": "perplexity", "is_logarithmic": True, "panels": panels}
 
 
-def _short(method):
-    """Return the name of a method without Markdown."""
-    return LABELS[method].replace("`", "").replace('sequential="layer"', "layer")
-
-
-def draw_frontier(data):
-    """Draw one panel for each goal. A line joins the methods that no faster method equals in perplexity."""
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(
-        len(data["panels"]), 1, figsize=(9, 12), layout="constrained", sharex=True
-    )
-    for panel, (goal, points) in zip(panels, data["panels"].items(), strict=True):
-        best = _best(points)
-        seconds, perplexities, _ = zip(*best, strict=True)
-        panel.plot(seconds, perplexities, color=BLUE, linewidth=1.5, zorder=1)
-        for point in points:
-            color = BLUE if point in best else FAINT
-            panel.scatter(point[0], point[1], s=30, color=color, zorder=2)
-
-        dense = data["dense"]
-        panel.axhline(dense, color=FAINT, linewidth=1, linestyle="--")
-        corner = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom"}
-        panel.annotate("dense", (1, dense), **corner)
-        panel.set(title=f"{goal} zeros" if "%" in goal else goal, ylabel="perplexity")
-        panel.margins(x=0.12, y=0.12)
-        _logarithmic(panel, "x", "y")
-    panels[-1].set_xlabel("seconds to prune")
-    figure.draw_without_rendering()  # the positions of all points are known from here on
-    for panel, points in zip(panels, data["panels"].values(), strict=True):
-        _name_points(panel, points)
-    return figure
-
-
-def _best(points):
-    """Return the points that no faster point equals in perplexity. The fastest point comes first."""
-    return [
-        point
-        for index, point in enumerate(points)
-        if all(other[1] > point[1] for other in points[:index])
-    ]
-
-
-def _name_points(panel, points):
-    """Write a name beside each point, where it covers no point, no other name and not the line of the best."""
-    from matplotlib.path import Path
-    from matplotlib.transforms import Bbox
-
-    def in_pixels(points):
-        return panel.transData.transform([point[:2] for point in points])
-
-    line = Path(in_pixels(_best(points))).interpolated(50).vertices
-    taken = []
-    for places, size in ((in_pixels(points), 5), (line, 1)):
-        taken += [Bbox([place, place]).padded(size) for place in places]
-
-    for x, y, name in points:
-        text = panel.annotate(
-            name, (x, y), (0, 0), textcoords="offset points", va="center", fontsize=9
-        )
-        # The last side stays even if it covers something.
-        for dx, dy, side in SIDES:
-            text.set(position=(dx, dy), ha=side)
-            box = text.get_window_extent().padded(1)
-            if not box.count_overlaps(taken):
-                break
-        taken.append(box)
+def _beats(other, point):
+    return other != point and other[0] <= point[0] and other[1] <= point[1]
 
 
 def embedding():
     """Speed and score of a sentence encoder in ONNX Runtime, by its numbers and by what was taken out."""
-    points = {}
-    for run in in_order(read_table("embedding")):
-        numbers = run.case["numbers"]
-        if run.case["program"] == "onnxruntime":
-            place = [round(run.measured[name], 2) for name in ("sentences_32", "spearman")]
-            name = (
-                f"dense, {numbers}" if run.method == "dense" else run.goal.removesuffix(" of units")
-            )
-            by_method = points.setdefault(numbers, {})
-            by_method.setdefault(run.method, []).append([*place, name])
-    return points
+    lines = []
+    for numbers in ("float32", "int8"):
+        points = {"dense": [], "structured": [], "structured, trained": []}
+        for run in in_order(read_table("embedding")):
+            if run.case == {"program": "onnxruntime", "numbers": numbers}:
+                place = [round(run.measured[name], 2) for name in ("sentences_32", "spearman")]
+                name = run.goal.removesuffix(" of units").replace("dense", f"dense, {numbers}")
+                points[run.method].append([*place, name])
+        trained = points["dense"] + points["structured, trained"]
+        untrained = points["dense"] + points["structured"]
+        lines.append(["fewer units, trained without labels", "o-", [(6, 5)], trained])
+        lines.append(["fewer units, nothing trained", "o-", [(6, 5)], untrained])
+    speed = "times as fast as the dense float32 model in ONNX Runtime: 32 sentences, one thread"
+    score = "score on STS-B: higher is better"
+    return {"x": speed, "y": score, "is_logarithmic": False, "panels": {"": lines}}
 
 
-def draw_embedding(data):
-    """Draw lines from the dense model to fewer units, in float32 and in int8."""
+def draw_curves(data):
+    """Draw a panel for each title. A line has a label, a format, the sides of names in turns, and named points."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 4.3), layout="constrained")
-    for by_method in data.values():
-        dense, *others = by_method.values()
-        for color, points in zip((FAINT, BLUE), others, strict=False):
-            speeds, scores, names = zip(*dense, *points, strict=True)
-            axes.plot(speeds, scores, "o-", color=color)
-            for place in zip(names, zip(speeds, scores, strict=True), strict=True):
-                axes.annotate(*place, (6, 5), textcoords="offset points", fontsize=9)
-    axes.set(
-        xlabel="times as fast as the dense float32 model in ONNX Runtime: 32 sentences, one thread",
-        ylabel="score on STS-B: higher is better",
+    panels = data["panels"]
+    size = (9, 4.3 * len(panels))
+    figure, rows = plt.subplots(
+        len(panels), 1, figsize=size, layout="constrained", sharex=True, squeeze=False
     )
-    title = "hidden units taken out"
-    axes.legend(["nothing trained", "then trained, without labels"], title=title, frameon=False)
-    axes.grid(color=GRID, linewidth=0.6)
+    for axes, (title, lines) in zip(rows.flat, panels.items(), strict=True):
+        colors = {}
+        for label, form, sides, points in lines:
+            xs, ys, names = zip(*points, strict=True)
+            shown = label if label not in colors else None
+            color = colors.setdefault(label, FAINT if colors else BLUE)
+            axes.plot(xs, ys, form, color=color, label=shown)
+            for x, y, name, side in zip(xs, ys, names, cycle(sides), strict=False):
+                choices = {"ha": "left" if side[0] > 0 else "right", "fontsize": 9}
+                axes.annotate(name, (x, y), side, textcoords="offset points", **choices)
+        axes.set(title=title, ylabel=data["y"])
+        axes.margins(x=0.12, y=0.12)
+        axes.grid(color=GRID, linewidth=0.6)
+        if data["is_logarithmic"]:
+            _logarithmic(axes, "x", "y")
+        axes.legend()
+    axes.set_xlabel(data["x"])
     return figure
 
 
 FIGURES = {
-    "methods": (methods, draw_methods),
-    "frontier": (frontier, draw_frontier),
-    "embedding": (embedding, draw_embedding),
+    "methods": (methods, draw_dots),
+    "frontier": (frontier, draw_curves),
+    "embedding": (embedding, draw_curves),
 }
 
 

@@ -1,14 +1,15 @@
 """Measure on one GPU, in one call of at most 10 minutes: masks beside those of the CPU, seconds, and memory.
 
     python benchmarks/gpu.py --model .cache/SmolLM2-135M-Instruct.Q4_1.gguf --folder FOLDER --save benchmarks/results
-    python benchmarks/gpu.py --device cpu --shape narrow --samples 2 --seqlen 32 --model MODEL --folder FOLDER  (trial)
+    python benchmarks/gpu.py --device cpu --blocks 1 --samples 2 --seqlen 32 --model MODEL --folder FOLDER  (trial)
 
-Masks are those of `--model`. The large model is random, in bfloat16, by default with the shape of Llama 2 7B. The
+Masks are those of `--model`. The large model is random, in bfloat16, with the shape of Llama 2 7B. The
 forward pass covers all calibration windows, without the output head, as in pruning. Peak memory includes the model.
 Pruning from disk needs 27 GB in `--folder` for a while. Steps run from the most to the least important, none starts
 after `--minutes`, and the same command again measures what is missing.
 """
 
+import copy
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,8 +20,9 @@ from tempfile import TemporaryDirectory
 
 import torch
 from cyclopts import Parameter
-from measuring import SHAPES, cost_of, llama, random_model, random_windows, run_from_shell
+from measuring import cost_of, random_model, random_windows, run_from_shell
 from result import Result, Runs, Samples
+from sizes import SHAPES
 
 from wanda_lightning import CausalLMModule, prune, prune_from_disk
 from wanda_lightning.models import find_layers
@@ -43,7 +45,7 @@ class Options:
     model: str
     folder: str
     device: str = "cuda"
-    shape: str = "7b"
+    blocks: int = 32
     samples: int = 128
     seqlen: int = 2048
     minutes: float = 8
@@ -110,13 +112,14 @@ def main(options: Options):
     runs = Runs(options.save, "gpu")
     until = time.monotonic() + 60 * options.minutes
     device = options.device
-    config = llama(*SHAPES[options.shape])
+    config = copy.deepcopy(SHAPES["Llama 2 7B"])
+    config.num_hidden_layers = options.blocks
     build = partial(random_model, config, torch.bfloat16, device)
     batches = random_windows(config.vocab_size, options.samples, options.seqlen)
     large = (build, batches, device)
     samples = Samples("random tokens", options.samples, options.seqlen)
-    model = f"random Llama {options.shape}"
-    passes = Result(model=model, method="forward pass", calibration=samples)
+    case = {"blocks": options.blocks}
+    passes = Result(model="Llama 2 7B", method="forward pass", case=case, calibration=samples)
     planned = replace(passes, sparsity=0.5)
     samples = Samples("random tokens", *SMALL)
     small = replace(planned, model=Path(options.model).name, calibration=samples)
@@ -130,10 +133,10 @@ def main(options: Options):
     masks("wanda", "balanced")
     steps.append((passes, partial(forward, *large)))
     for method, sequential in MEMORY:
-        row = replace(planned, method=method, case={"sequential": sequential})
+        row = replace(planned, method=method, case={**case, "sequential": sequential})
         choices = {"method": method, "sequential": sequential}
         steps.append((row, partial(in_memory, *large, **choices)))
-    disk = replace(planned, method="wanda", case={"source": "disk"})
+    disk = replace(planned, method="wanda", case={**case, "source": "disk"})
     steps.append((disk, partial(from_disk, *large, options.folder)))
     best = replace(planned, method="best")
     steps.append((best, partial(in_memory, *large, method="best")))

@@ -18,32 +18,18 @@ import torch
 from cyclopts import App, Parameter
 from result import Result, Samples
 from torch.utils.benchmark import timer
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from wanda_lightning import (
     CausalLMModule,
     ImageClassifierModule,
     ImageDataModule,
     TextDataModule,
-    sample_windows,
 )
-from wanda_lightning.data.text_sources import OWN_TEXT, SELF
 from wanda_lightning.modules import WindowPerplexity
 
 MIB = 2**20
 SECOND_TEXT = "python-docs"  # unlike the web text of calibration and WikiText-2, and part of every installation
-SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-)
-SHAPES = {
-    "7b": (4096, 11008, 32, 32, 32),
-    "1.1b": (2048, 5632, 22, 32, 4),
-    "narrow": (512, 2048, 8, 8, 8),
-}
 
 
 def run_from_shell(main):
@@ -93,14 +79,7 @@ class LanguageModel:
         self.data = TextDataModule(
             self.tokenizer, options.calibration, texts, **sizes, seed=draw, train_samples=more
         )
-        name = Path(options.calibration).name
-        if options.calibration == SELF:
-            # No Trainer runs the model, so that the data module has no windows of its own.
-            name = OWN_TEXT
-            windows = sample_windows(self.model, self.tokenizer, options.nsamples, options.seqlen)
-        else:
-            windows = self.data.calibration_windows
-        self.calibration = in_batches(windows)
+        self.calibration = in_batches(self.data.calibration_windows)
         self.evaluation = in_batches(self.data.evaluation_windows)
         self._texts = {"perplexity": self.evaluation}
         if draw:
@@ -109,7 +88,7 @@ class LanguageModel:
         self.planned = Result(
             model=Path(options.model).name,
             method="dense",
-            calibration=Samples(name, options.nsamples, options.seqlen),
+            calibration=Samples(Path(options.calibration).name, options.nsamples, options.seqlen),
             evaluation=Samples(Path(options.eval).name, options.limit, options.seqlen),
         )
 
@@ -202,11 +181,6 @@ def fingerprint(module):
     """Return a short hash of all weights, since another machine or number of threads trains another model."""
     weights = b"".join(tensor.detach().numpy().tobytes() for tensor in module.state_dict().values())
     return hashlib.sha256(weights).hexdigest()[:6]
-
-
-def llama(*shape, vocabulary=32000):
-    """Return the configuration of a Llama with the numbers of `SIZES`."""
-    return LlamaConfig(**dict(zip(SIZES, shape, strict=True)), vocab_size=vocabulary)
 
 
 def random_model(config, dtype=torch.float32, device="cpu"):

@@ -11,19 +11,31 @@ import inspect
 import re
 import textwrap
 from dataclasses import fields
+from functools import partial
 
-import real_sizes
-import tables
+from real_sizes import WINDOWS, extrapolated
 from result import OURS, read_drawn, read_table
-from tables import REFERENCE, ROOT, lookup, markdown, number, percent, perplexity
+from tables import (
+    GOALS,
+    IMAGE_MODEL,
+    LANGUAGE_MODEL,
+    REFERENCE,
+    ROOT,
+    TABLES,
+    lookup,
+    markdown,
+    measured,
+    number,
+    read_reference,
+    read_worth,
+    text,
+)
 
 from wanda_lightning import core, methods, training
 from wanda_lightning.common.atomic_write import atomic_write
 
 FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 PART = re.compile(r"(<!-- generated: ([^>]+?) -->\n).*?(<!-- /generated -->)", re.DOTALL)
-GOALS = ("50 %", "60 %", "2:4")
-IMAGE_MODEL = "efficientnet_lite0"
 CHOICES = ("criterion", "solver", "allocation", "recovery")
 PRESETS = {
     "fast": ("Wanda in one pass", "a first look, or at most 50 %"),
@@ -40,55 +52,53 @@ PRESETS = {
 """What each preset does, and when to choose it."""
 
 
+def perplexity(method, goal="50 %"):
+    """Return the perplexity of a method."""
+    return number(lookup(read_drawn("methods"))[method, goal], "perplexity")
+
+
 def claims():
     """What the package is good for, each with its number."""
-    theirs = {(run.method, run.goal, run.code): run for run in read_table("reference")}
-    single = lookup(read_table("methods"))
-    ours = lookup(read_drawn("methods"))
-    alps = theirs["alps", "50 %", "ALPS"]
-    best = ours["best", "50 %"]
-    same = perplexity(theirs["wanda", "50 %", REFERENCE])
-    assert perplexity(single["wanda", "50 %"]) == same, "The first claim must be changed."
-
+    by_code = {OURS: {}, REFERENCE: {}}
+    for run in read_reference():
+        by_code[run.code][run.method, run.goal] = run
     differences = []
-    for (method, goal, code), run in theirs.items():
-        if code == REFERENCE:
-            # Some of our runs repeat the exact setting of the reference; the usual table has the others.
-            beside = theirs.get((method, goal, OURS)) or single[method, goal]
-            differences.append(abs(run.measured["perplexity"] / beside.measured["perplexity"] - 1))
+    for key, theirs in by_code[REFERENCE].items():
+        ours = by_code[OURS][key]
+        differences.append(abs(theirs.measured["perplexity"] / ours.measured["perplexity"] - 1))
+    same, other = (number(runs["wanda", "50 %"], "perplexity") for runs in by_code.values())
+    assert same == other, "The first claim must be changed."
 
-    photos = read_drawn("photos")
-    (count,) = {run.calibration.windows for run in photos if run.calibration}
-    top1 = {key: percent(run, "top1", 1) for key, run in lookup(photos).items()}
-
+    alps = lookup(run for run in read_table("reference") if run.code == "ALPS")["alps", "50 %"]
+    photos = lookup(read_drawn("photos"))
+    best = photos["best", "60 %"]
+    top1 = {key: number(run, "top1") for key, run in photos.items()}
     lines = (
         "**Wanda gives the same masks as [the reference](https://github.com/locuslab/wanda)**, bit for bit, on the "
         f"tiny random models of the tests, and the same perplexity, {same} at 50 %. At 2:4 and with other methods, "
         f"[perplexities differ by up to {100 * max(differences):.0f} %](docs/measured.md#the-reference-code-and-alps). "
         "The two implementations break ties differently and sum in another order, which may explain it.",
-        f"**Better models.** At 50 %, `best` has perplexity {perplexity(best)}, and "
-        f"[ALPS](https://arxiv.org/abs/2406.07831), by its authors' code on the same texts, {perplexity(alps)} "
-        "(one run).",
-        f"**Images, too.** Calibrated on {count} images, EfficientNet-Lite0 without 60 % of its weights classifies "
-        f"{top1['best', '60 %']} of 650 images of ImageNet correctly after `best`, and {top1['sparsegpt', '60 %']} "
-        f"after SparseGPT (dense: {top1['dense', 'dense']}; standard error: 1.5 to 2 points). "
-        "[Real images](docs/measured.md#real-images)",
-        f"**No code for single families.** {families()}. [All of them](docs/models.md)",
+        f"**Better models.** At 50 %, `best` has perplexity {perplexity('best')}, and "
+        f"[ALPS](https://arxiv.org/abs/2406.07831), by its authors' code on the same texts, "
+        f"{number(alps, 'perplexity')} (one run).",
+        f"**Images, too.** Calibrated on {best.calibration.windows} images, EfficientNet-Lite0 without 60 % of its "
+        f"weights classifies {top1['best', '60 %']} of 650 images of ImageNet correctly after `best`, and "
+        f"{top1['sparsegpt', '60 %']} after SparseGPT (dense: {top1['dense', 'dense']}; standard error: 1.5 to 2 "
+        "points). [Real images](docs/measured.md#real-images)",
+        f"**No code for single families.** {families()} [All of them](docs/models.md)",
     )
     return "\n".join(f"- {line}" for line in lines)
 
 
 def families(page=ROOT / "docs" / "models.md"):
     """Return how many models were checked, and how many pass, from the page that benchmarks/families.py writes."""
-    text = page.read_text(encoding="utf-8")
-    (passed,) = re.findall(r"^(\d+ of \d+) models that can be built pass", text, re.M)
-    causal, others, images = re.findall(
-        r"^\| [^|]+ \| (\d+) \| \d+ \| \d+ \| \d+ \| \d+% \|", text, re.M
-    )
+    rows = page.read_text(encoding="utf-8")
+    (passed,) = re.findall(r"^(\d+ of \d+) models that can be built pass", rows, re.M)
+    causal, others, images = re.findall(r"^\| [^|]+ \| (\d+) \| \d+ \| \d+ \|", rows, re.M)
     return (
         f"A small model, with random weights, of each of the {causal} families of causal language models in "
         f"transformers and the {images} modules of image models in timm, and of {others} other classes of "
-        f"transformers, was pruned and checked: {passed} pass"
+        f"transformers, was pruned and checked: {passed} pass."
     )
 
 
@@ -97,100 +107,54 @@ def which():
     ours = lookup(read_drawn("methods"))
     rows = []
     for preset, (does, when) in PRESETS.items():
-        runs = [ours[preset, goal] for goal in GOALS]
-        times = sorted(run.measured["seconds"] for run in runs)
-        cells = [*map(perplexity, runs), f"{times[0]:.0f} to {times[-1]:.0f}"]
-        rows.append([f"`{preset}`", does, when, *cells])
+        times = sorted(ours[preset, goal].measured["seconds"] for goal in GOALS)
+        cells = [perplexity(preset, goal) for goal in GOALS]
+        rows.append([f"`{preset}`", does, when, *cells, f"{times[0]:.0f} to {times[-1]:.0f}"])
     table = markdown(("preset", "what it does", "when", *GOALS, "seconds"), rows)
     return table.replace("---: | ---:", "--- | ---", 1)  # two columns of text
 
 
 def zeros():
     """What zeros are not good for."""
-    ours = lookup(read_drawn("methods"))
-    language = {}
-    images = {}
-    for run in tables.read_worth():
-        zipped = images if run.model == IMAGE_MODEL else language
-        zipped[run.method, run.goal] = number(run, "zstd_mib", ".1f")
-        if run.model == IMAGE_MODEL and run.method == "dense":
-            whole = number(run, "weights_mib", ".1f")
-
+    language = lookup(read_worth(LANGUAGE_MODEL))
+    images = lookup(read_worth(IMAGE_MODEL))
+    dense = ("dense", "dense")
+    best = ("best", "50 %")
     lines = (
         "**Smaller files**: a safetensors file stores zeros like other numbers. `zstd -3` shrinks EfficientNet-Lite0 "
-        f"from {whole} to {images['best', '50 %']} MiB after `best` at 50 %, and to "
-        f"{images['dense', 'dense']} MiB without zeros. But SmolLM2, whose weights come from a 4-bit file, "
-        f"is larger under `zstd -3` after `best` than the dense model: {language['best', '50 %']} and "
-        f"{language['dense', 'dense']} MiB.",
+        f"from {number(images[dense], 'weights_mib')} to {number(images[best], 'zstd_mib')} MiB after `best` at 50 %, "
+        f"and to {number(images[dense], 'zstd_mib')} MiB without zeros. But SmolLM2, whose weights come from a 4-bit "
+        "file, is larger under `zstd -3` after `best` than the dense model: "
+        f"{number(language[best], 'zstd_mib')} and {number(language[dense], 'zstd_mib')} MiB.",
         "**Speed**: dense kernels multiply by zeros, too, and no maintained runtime for x86 CPUs skips scattered "
         "zeros. On ARM and in WebAssembly, XNNPACK skips those of 1x1 convolutions from two thirds of zeros on ([which "
         "runtimes do](docs/questions.md#the-pruned-model-is-not-faster)). On NVIDIA GPUs, 2:4 on sparse tensor cores "
         "has [a recipe](docs/speed.md). Neither is measured.",
-        f"**Quality**: even `thorough` raises perplexity from {perplexity(ours['dense', 'dense'])} to "
-        f"{perplexity(ours['thorough', '50 %'])} at 50 %. Text unlike the calibration text [can lose "
+        f"**Quality**: even `thorough` raises perplexity from {perplexity(*dense)} to {perplexity('thorough')} at "
+        "50 %. Text unlike the calibration text [can lose "
         "more](docs/measured.md#other-calibration-windows-and-another-text).",
     )
     return "\n".join(f"- {line}" for line in lines)
 
 
-def worth_short():
-    """The rows of the comparison of size and speed that a reader of the front page needs."""
-    methods = ("dense", "int8", "structured", "structured, fisher", "structured, longer")
-    runs = []
-    for run in tables.read_worth():
-        is_shown = run.method in methods and run.goal in ("dense", "25 % of units")
-        if is_shown and "perplexity" in run.measured:
-            runs.append(run)
-    assert len(runs) == len(methods), runs
-    columns = ("perplexity", "weights_mib", "zstd_mib", "prefill_32", "decode_1")
-    return tables.worth_table(runs, columns)
-
-
-def demo_table():
-    """The table of `make demo`, without its source."""
-    return tables.demo().partition("\n\n")[0]
-
-
-def training_costs():
-    """What keeping zeros costs, and what training a pruned model gains."""
-    (cost,) = (run for run in read_table("keeping_zeros") if run.method == "KeepZeros")
-    assert cost.measured["ratio"] < 1.02, "The claim that it takes no time must be changed."
-
-    tuned = {run.method: run for run in read_table("finetuning") if run.goal == "50 %"}
-    full = tuned["full"]
-    lora = tuned["keep-zeros-lora"]
-    (steps,) = {re.search(r"--steps (\d+)", run.command)[1] for run in tuned.values()}
+def larger_models():
+    """What pruning Llama 2 7B takes, in one paragraph."""
+    plain, *runs = (run for run in extrapolated() if run.model == "Llama 2 7B")
+    times = []
+    memory = []
+    disk = []
+    for run in runs:
+        passes = f"{number(run, 'total')} forward passes with `{run.method}`"
+        times.append(f"{passes} ({number(run, 'hours')} hours of one CPU core)")
+        memory.append(f"{number(run, 'beside_gib')} with `{run.method}`")
+        if "disk_gib" in run.measured:
+            disk.append(f"{number(run, 'disk_gib')} with `{run.method}`")
     return (
-        "Keeping zeros takes no measurable time in a training step, and one byte of memory per weight for the masks. "
-        f"On SmolLM2-135M-Instruct at 50 %, {steps} steps lower the perplexity from "
-        f"{number(full, 'perplexity_before')} to {perplexity(full)} with all weights, and to {perplexity(lora)} with "
-        "[adapters](lora.md). "
-        "[Measured](measured.md#fine-tuning) has the settings."
+        f"Pruning Llama 2 7B in bfloat16 with the default {WINDOWS} windows of 2,048 tokens takes as long as "
+        f"{', '.join(times)}. It needs {number(plain, 'memory_gib')} GiB for the weights, and beside them, in GiB, "
+        f"{', '.join(memory)}. With `--stream`, the whole process needs {', '.join(disk)} GiB; `best` needs the model "
+        "in memory, unless the pattern is N:M."
     )
-
-
-def adapters():
-    """What adapters that keep zeros cost in a training step."""
-    runs = {run.case.get("adapters", ""): run for run in read_table("keeping_zeros")}
-    few = runs["q_proj, v_proj, dropout 0.05"]
-    every = runs["all-linear, no dropout"]
-    return (
-        f"A training step takes {number(few, 'ratio', '.2f')} times as long as with PEFT's LoRA on `q_proj` and "
-        f"`v_proj`, and {number(every, 'ratio', '.2f')} times on all linear layers "
-        "([measured](measured.md#keeping-zeros-in-training))."
-    )
-
-
-def measured(*names):
-    """Perplexity and seconds of methods."""
-    ours = lookup(read_drawn("methods"))
-    rows = []
-    for name in names:
-        cells = [tables.with_seconds(ours.get((name, goal))) for goal in GOALS]
-        assert any(cells), name
-        is_name = name in methods.METHODS or name in methods.PRESETS
-        rows.append([f"`{name}`" if is_name else tables.LABELS[name], *cells])
-    return markdown(("perplexity, seconds", *GOALS), rows)
 
 
 def choices(table):
@@ -231,15 +195,15 @@ def card(name):
         is_required = parameter.default is parameter.empty
         default = "" if is_required else f"={parameter.default!r}"
         arguments.append(f"{parameter.name}{default}")
-    text = f"`{name}({', '.join(arguments)})`: {_first_paragraph(_class(name))}"
-    return textwrap.fill(text, 132, break_long_words=False)
+    line = f"`{name}({', '.join(arguments)})`: {_first_paragraph(_class(name))}"
+    return textwrap.fill(line, 132, break_long_words=False)
 
 
 def names(*listed):
     """List public names with their members and summaries, which docs/conf.py replaces by whole docstrings."""
     rows = []
-    for text in listed:
-        name, *members = text.split(":")
+    for listed_name in listed:
+        name, *members = listed_name.split(":")
         shown = " ".join(f"`{member}`" for member in members)
         rows.append([f"`wanda_lightning.{name}`", shown, _summary(name)])
     return markdown(("name", "members", "what it is"), rows, "---")
@@ -261,42 +225,34 @@ def _first_paragraph(documented):
     return " ".join(docstring.split("\n\n")[0].split())
 
 
-FUNCTIONS = (
-    claims,
-    which,
-    zeros,
-    worth_short,
-    demo_table,
-    training_costs,
-    adapters,
-    measured,
-    choices,
-    card,
-    names,
-    real_sizes.at_your_size,
-    real_sizes.size_runs,
-    real_sizes.larger_models,
-)
-PARTS = {function.__name__: function for function in FUNCTIONS} | tables.FRAGMENTS
+FUNCTIONS = (claims, which, zeros, larger_models, measured, choices, card, names)
+PARTS = {function.__name__: function for function in FUNCTIONS}
+PARTS |= {name: partial(text, name) for name in TABLES}
 
 
-def fill(text):
+def fill(page):
     """Return a page with its parts written anew."""
 
     def write(part):
         start, heading, end = part.groups()
-        name, *arguments = heading.split()
+        name, arguments = named(heading)
         return f"{start}{PARTS[name](*arguments)}\n{end}"
 
-    return PART.sub(write, text)
+    return PART.sub(write, page)
+
+
+def named(heading):
+    """Return the name of a part, which may have a space, and its arguments."""
+    name, *arguments = heading.split()
+    return (heading, []) if heading in PARTS else (name, arguments)
 
 
 def main():
     """Write all pages."""
     for file in FILES:
-        text = file.read_text(encoding="utf-8")
-        new = fill(text)
-        if new != text:
+        page = file.read_text(encoding="utf-8")
+        new = fill(page)
+        if new != page:
             with atomic_write(file) as temporary:
                 temporary.write_text(new, encoding="utf-8")
 

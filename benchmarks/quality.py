@@ -2,15 +2,13 @@
 
     python benchmarks/quality.py --model M.gguf --calibration c4_sample.txt --eval wikitext2_test.raw.txt \
         --nsamples 16 --seqlen 512 --limit 40 --save benchmarks/results
-    python benchmarks/quality.py --model M.gguf --calibration self --eval wikitext2_test.raw.txt --goals 60
     python benchmarks/quality.py --model M.gguf --calibration c4_sample.txt --eval wikitext2_test.raw.txt --draw 1
     python benchmarks/quality.py --images --save benchmarks/results
     python benchmarks/quality.py --photos .cache/efficientnet_lite0 --data imagenet_sample --nsamples 512
 
 Windows are those of `wanda-lightning prune` with seed 0, in batches of 4, in float32. With `--save`, each cell is a
 file (benchmarks/result.py), and the same command again measures only cells that are missing or used other choices.
-With `--calibration self`, the dense model writes the windows, and the files are in a table of their own. `--draw` draws
-the calibration windows with another seed, measures on a second text as well, and also has a table of its own.
+`--draw` draws the calibration windows with another seed, measures on a second text as well, and has a table of its own.
 `--images` trains and prunes the models of recipes/vision/demo.py, and `--photos` prunes a timm model with its weights.
 """
 
@@ -38,7 +36,6 @@ from result import Result, Runs, Samples, sparsity_of, to_hexadecimal
 from wanda_lightning import OWL, Distill, Fisher, PruningConfig, prune
 from wanda_lightning.core import EqualShare, Unstructured
 from wanda_lightning.core.losses import divergence
-from wanda_lightning.data.text_sources import SELF
 from wanda_lightning.loop.plan import make_plan
 from wanda_lightning.methods import METHODS, PRESETS
 
@@ -96,7 +93,7 @@ WINDOWS = 16  # for calibration, in the table of all methods
 CALIBRATION_PHOTOS = 512  # likewise
 EPOCHS = 30  # of training on digits
 # By the first thing that is unusual about the calibration windows.
-TABLES = {"": "methods", "calibration": "own_text", "windows": "windows", "draw": "draws"}
+TABLES = {"": "methods", "windows": "windows", "draw": "draws"}
 
 
 @Parameter(name="*")
@@ -175,13 +172,11 @@ def measure_text(options):
     """Measure all methods with a language model."""
     options = replace(options, nsamples=options.nsamples or WINDOWS)
     case = {}
-    if options.calibration == SELF:
-        case["calibration"] = SELF
     if options.nsamples != WINDOWS:
         case["windows"] = options.nsamples
     if options.draw:
         case["draw"] = options.draw
-    assert not options.draw or len(case) == 1, "--draw needs a text and the usual windows."
+    assert len(case) < 2, "--draw needs the usual windows."
     table = TABLES[next(iter(case), "")]
 
     cells = cells_of(options, TEXT, GOALS["text"])

@@ -25,9 +25,6 @@ PACKAGES = ("lightning", "timm", "torch", "transformers")
 QUANTITIES = {
     "perplexity": "on the evaluation windows",
     "perplexity_second": "on as many windows of a second text",
-    "perplexity_chats": "on as many windows of chats that the dense model has written",
-    "llama_cpp_perplexity": "the same by llama.cpp, from a .gguf file",
-    "perplexity_before": "the same before fine-tuning",
     "top1": "fraction of the evaluation images that are classified correctly",
     "top1_uncorrected": "the same without the correction of BatchNorm statistics",
     "divergence": "mean KL divergence from the dense predictions on the evaluation images",
@@ -37,11 +34,10 @@ QUANTITIES = {
     "acc_norm_error": "its standard error",
     "sparsity": "fraction of zeros in the pruned layers",
     "seconds": "duration",
-    "processor_seconds": "duration in which the processor worked for this process, over all threads",
-    "forward_seconds": "processor_seconds of a plain forward pass of one window through one block",
-    "block_seconds": "processor_seconds for one window in one block while pruning, without solving",
-    "solving_seconds": "processor_seconds in which the weights of one block are solved and written",
-    "before_seconds": "processor_seconds before the first layer is pruned",
+    "forward_seconds": "processor seconds of a plain forward pass of one window through one block",
+    "block_seconds": "processor seconds for one window in one block while pruning, without solving",
+    "solving_seconds": "processor seconds in which the weights of one block are solved and written",
+    "before_seconds": "processor seconds before the first layer is pruned",
     "ratio": "duration divided by that of the baseline, in the same process",
     "peak_mib": "largest increase of resident memory, in MiB",
     "plain_peak_mib": "the same for what it is compared with",
@@ -166,25 +162,16 @@ def read(file):
     return Result(**fields)
 
 
-SCORES = ("perplexity", "perplexity_second", "perplexity_chats", "top1", "divergence", "spearman")
+SCORES = ("perplexity", "perplexity_second", "top1", "divergence", "spearman")
 """Quantities that another draw of the calibration data changes."""
 
 
 def read_drawn(table):
-    """Return the runs of a table; those that `draws.py` has repeated get means and standard deviations over all draws.
-
-    The deviation of a quantity is in `measured`, too: `perplexity_deviation`.
-    """
-    repeated = {}
-    for run in read_table("draws"):
-        repeated.setdefault(_without_draw(run), []).append(run)
-    results = []
-    for run in read_table(table):
-        others = repeated.get(_without_draw(run), [])
-        if run.method != "dense" and run.measured.keys() & {*SCORES}:
-            run = replace(run, measured=run.measured | over_draws([run, *others]))
-        results.append(run)
-    return results
+    """Return the runs of a table, with means and deviations over all draws of those that `draws.py` has repeated."""
+    runs = read_table(table)
+    known = {_without_draw(run) for run in runs}
+    repeated = [run for run in read_table("draws") if _without_draw(run) in known]
+    return averaged([*runs, *repeated])
 
 
 def _without_draw(run):
@@ -193,14 +180,26 @@ def _without_draw(run):
     return run.model, run.method, run.goal, case, run.calibration, run.evaluation
 
 
-def over_draws(runs):
-    """Return the mean and the standard deviation of each score that two runs or more have."""
-    measured = {}
-    for name in SCORES:
-        values = [run.measured[name] for run in runs if name in run.measured]
-        if len(values) > 1:
-            measured |= {name: mean(values), f"{name}_deviation": stdev(values)}
-    return measured
+def averaged(runs, key=_without_draw):
+    """Return one run for each key: the first, with means and standard deviations of the scores of all.
+
+    The deviation of a quantity is in `measured`, too: `perplexity_deviation`.
+    """
+    groups = {}
+    for run in runs:
+        groups.setdefault(key(run), []).append(run)
+    results = []
+    for first, *others in groups.values():
+        measured = dict(first.measured)
+        # A run without any score takes them from another table.
+        for name in SCORES if measured.keys() & {*SCORES} else ():
+            values = [run.measured[name] for run in (first, *others) if name in run.measured]
+            if values:
+                measured[name] = mean(values)
+            if len(values) > 1 and first.method != "dense":
+                measured[f"{name}_deviation"] = stdev(values)
+        results.append(replace(first, measured=measured))
+    return results
 
 
 def read_table(table, folder=FOLDER):

@@ -9,25 +9,18 @@ Speeds are ratios to dense float32 in the same program, whose models take turns.
 """
 
 import copy
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import worth
 from exporting import write
-from measuring import MIB, LanguageModel, Photos, run_from_shell, speeds
+from measuring import MIB, run_from_shell, speeds
 from programs import THREADS, open_gguf, open_onnx, open_openvino
-from result import Result, Runs
-from torch import from_numpy, nn
-from worth import narrower, rows_of_units
-
-from wanda_lightning import Fisher
-from wanda_lightning.modules import WindowPerplexity
+from result import Runs
 
 FILES = Path("out/runtimes")
 
@@ -102,73 +95,24 @@ PROGRAMS = {
 }
 
 
-class Kind(NamedTuple):
-    """What differs between language models, classifiers and sentence encoders.
-
-    Attributes:
-        dense: The model.
-        planned: The run of the dense model.
-        units: Rows with fewer hidden units: each a run, and what changes a copy of the model.
-        numbers: Kinds of numbers for each program, the first of which is float32.
-        quality: Measures an open file: returns numbers by their names.
-        timed: What `clock` times.
-        clock: Returns the seconds of each, for a batch size and an open file.
-        samples: Lists of inputs for static quantization.
-    """
-
-    dense: nn.Module
-    planned: Result
-    units: list
-    numbers: dict
-    quality: Callable
-    timed: Sequence
-    clock: Callable
-    samples: Sequence = ()
-
-
-def text(options):
-    """Prepare a language model."""
-    language = LanguageModel(replace(options, nsamples=options.nsamples or 16))
-    base = language.planned
-    narrow = partial(narrower, language.calibration)
-    by_loss = partial(narrow, allocation=worth.BY_LOSS)
-    units = rows_of_units(base, "structured", narrow, ["25"])
-    units += rows_of_units(base, "structured, fisher", by_loss, ["25"])
-
-    def quality(run):
-        metric = WindowPerplexity()
-        for window in language.data.evaluation_windows.split(1):
-            logits, _ = run(window.numpy(), None, np.arange(window.shape[1]))
-            metric.update(from_numpy(logits), window)
-        return {"perplexity": float(metric.compute())}
-
-    clock = partial(worth.time_text, language.model.config.vocab_size)
-    numbers = {
-        "onnxruntime": ("float32", "int8, dynamic", "int8, weights only"),
-        "openvino": ("float32", "int8, weights only"),
-        "llama.cpp": ("float32", "F16", "Q8_0", "Q4_K_M"),
-    }
-    return Kind(language.model, base, units, numbers, quality, ("prefill", "decode"), clock)
-
-
-def photos(options):
-    """Prepare an image classifier."""
-    images = Photos(options.images, options.data, options.nsamples or 128)
-    narrow = partial(narrower, images.calibration, allocation=Fisher(cost="seconds"))
-    units = rows_of_units(images.planned, "structured, fisher seconds", narrow, ["25", "35"])
-    samples = [[image.numpy()] for batch in images.calibration for image in batch.split(1)]
-
-    def quality(run):
-        predicted = [run(pixels.numpy())[0].argmax(axis=1) for pixels, _ in images.evaluation]
-        correct = np.concatenate(predicted) == images.labels.numpy()
-        return {"top1": float(correct.mean())}
-
-    clock = partial(worth.time_images, images.calibration[0].shape[1:])
-    numbers = {
-        "onnxruntime": ("float32", "int8, dynamic", "int8, static"),
-        "openvino": ("float32", "int8, static"),
-    }
-    return Kind(images.model, images.planned, units, numbers, quality, ["images"], clock, samples)
+MODELS = {  # what is taken out, and kinds of numbers for each program, the first of which is float32
+    "text": (
+        ("structured", "structured, fisher"),
+        {
+            "onnxruntime": ("float32", "int8, dynamic", "int8, weights only"),
+            "openvino": ("float32", "int8, weights only"),
+            "llama.cpp": ("float32", "F16", "Q8_0", "Q4_K_M"),
+        },
+    ),
+    "images": (
+        ("structured, fisher seconds",),
+        {
+            "onnxruntime": ("float32", "int8, dynamic", "int8, static"),
+            "openvino": ("float32", "int8, static"),
+        },
+    ),
+}
+GOALS = ("dense", "25 % of units", "35 % of units")
 
 
 def file_of(planned, change, kind, template):
@@ -189,36 +133,36 @@ def file_of(planned, change, kind, template):
     return file
 
 
-def measure(kind, options, table="runtimes", threads=THREADS):
-    """Measure all models in each program."""
+def measure(kind, numbers, options, table="runtimes", threads=THREADS):
+    """Measure all models in each program; the first is the dense one in float32."""
     FILES.mkdir(parents=True, exist_ok=True)
-    for program in kind.numbers:
-        measure_program(program, kind, options, table, threads)
+    for program, names in numbers.items():
+        rows = []
+        files = []
+        for (planned, change), name in product(kind.rows, names):
+            row = replace(planned, case={"program": program, "numbers": name})
+            rows.append(row)
+            files.append(file_of(row, change, kind, options.model))
+        _, _, load = PROGRAMS[program]
+        loaded = [load(file, threads) for file in files]
 
-
-def measure_program(program, kind, options, table, threads):
-    """Measure all models in one program; the first is the dense one in float32."""
-    rows = []
-    files = []
-    models = [(kind.planned, lambda model: model), *kind.units]
-    for (planned, change), numbers in product(models, kind.numbers[program]):
-        row = replace(planned, case={"program": program, "numbers": numbers})
-        rows.append(row)
-        files.append(file_of(row, change, kind, options.model))
-    _, _, load = PROGRAMS[program]
-    loaded = [load(file, threads) for file in files]
-
-    rounds = {1: 5 * options.runs, 32: options.runs}
-    ratios = speeds(kind.clock, kind.timed, loaded, rounds)
-    runs = Runs(options.save, table)
-    for row, file, run, speed in zip(rows, files, loaded, ratios, strict=True):
-        size = sum(part.stat().st_size for part in FILES.glob(f"{file.stem}.*")) / MIB
-        runs.save(row, {**kind.quality(run), "weights_mib": size, **speed})
+        rounds = {1: 5 * options.runs, 32: options.runs}
+        ratios = speeds(kind.clock, kind.timed, loaded, rounds)
+        runs = Runs(options.save, table)
+        for row, file, run, speed in zip(rows, files, loaded, ratios, strict=True):
+            size = sum(part.stat().st_size for part in FILES.glob(f"{file.stem}.*")) / MIB
+            runs.save(row, {**kind.quality(run), "weights_mib": size, **speed})
 
 
 def main(options: worth.Options = worth.Options()):
     """Measure the rows in each program."""
-    measure(photos(options) if options.images else text(options), options)
+    kind = worth.photos(options) if options.images else worth.text(options)
+    methods, numbers = MODELS["images" if options.images else "text"]
+    rows = []
+    for planned, change in kind.rows:
+        if planned.method in ("dense", *methods) and planned.goal in GOALS:
+            rows.append((planned, change))
+    measure(kind._replace(rows=rows), numbers, options)
 
 
 if __name__ == "__main__":

@@ -54,8 +54,8 @@ LENGTH = 128
 
 def saved_models(options, tokenizer):
     """Return runs with the folders of their models, after saving those that have no folder yet."""
-    comparison, rows = worth.text(options)
-    chosen = [row for row in rows if (row[0].method, row[0].goal) in ROWS]
+    kind = worth.text(options)
+    chosen = [row for row in kind.rows if (row[0].method, row[0].goal) in ROWS]
 
     config = Qwen3MoeConfig(
         vocab_size=len(tokenizer),
@@ -74,7 +74,7 @@ def saved_models(options, tokenizer):
     mixtures = [(mixture, lambda model: model), (smaller, without_experts)]
 
     models = []
-    for dense, changes in ((comparison.dense, chosen), (random_model(config), mixtures)):
+    for dense, changes in ((kind.dense, chosen), (random_model(config), mixtures)):
         for planned, change in changes:
             folder = FILES / "models" / planned.name.replace(".", "_")
             if not folder.exists():

@@ -54,8 +54,6 @@ class Options:
     """One of `TEXTS`."""
     own: int = 256
     """Number of windows that the dense model writes."""
-    own_file: Path = Path("own_windows.pt")
-    """File that keeps the windows of the dense model."""
     accumulate: int = 2
     """Windows in an optimizer step."""
     save: str = ""
@@ -71,13 +69,7 @@ def training_windows(options, dense):
     """Return the windows to train on, shuffled."""
     windows = windows_of(options.train, dense)
     if options.text != "web":
-        if not options.own_file.exists():
-            own = sample_windows(dense.model, dense.tokenizer, options.own, SEQLEN, seed=100)
-            torch.save(own, options.own_file)
-        own = torch.load(options.own_file)
-        assert len(own) == options.own, (
-            "--own_file has another number of windows than --own asks for."
-        )
+        own = sample_windows(dense.model, dense.tokenizer, options.own, SEQLEN, seed=100)
         windows = own if options.text == "own" else torch.cat([windows, own])
 
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))

@@ -1,6 +1,6 @@
 """Compare what makes a model smaller or faster: fewer bits, scattered zeros, and fewer hidden units, in one table.
 
-    pip install torchao zstandard torch-pruning optipfair
+    pip install torchao zstandard
     python benchmarks/worth.py --model M.gguf --calibration c4_sample.txt --eval wikitext2_test.raw.txt \
         --save benchmarks/results
     python benchmarks/worth.py --images .cache/efficientnet_lite0 --data imagenet_sample --save benchmarks/results
@@ -14,6 +14,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +25,6 @@ from measuring import (
     Text,
     cost_of,
     in_batches,
-    outputs,
-    perplexity,
     run_from_shell,
     seconds,
     speeds,
@@ -33,9 +32,9 @@ from measuring import (
 from result import Runs, sparsity_of
 from torch import nn
 from torch.utils.benchmark import timer
-from torch.utils.data import DataLoader
 
 from wanda_lightning import Distill, Fisher, prune, shrink
+from wanda_lightning.modules import WindowPerplexity
 
 BATCHES = (1, 32)
 PROMPT = 128
@@ -74,42 +73,6 @@ def quantized(model, bits):
     return model
 
 
-def by_peer(batch, goal, model):
-    """Return the model without the units that Torch-Pruning takes out of its MLPs, as in its example for LLMs."""
-    import torch_pruning
-
-    mlps = [block.mlp for block in model.model.layers]
-    pruner = torch_pruning.pruner.BasePruner(
-        model,
-        {"input_ids": batch["input_ids"][:1], "use_cache": False},
-        output_transform=lambda output: output.logits,
-        importance=torch_pruning.importance.GroupMagnitudeImportance(p=2, group_reduction="mean"),
-        pruning_ratio=0.0,
-        pruning_ratio_dict={mlp.gate_proj: float(goal) / 100 for mlp in mlps},
-        root_module_types=[nn.Linear],
-        ignored_layers=[model.lm_head],
-        round_to=8,
-    )
-    pruner.step()
-    return model
-
-
-def by_optipfair(batches, training, goal, model):
-    """Return the model without the units that OptiPFair takes out, by its defaults, then trained by its defaults."""
-    import optipfair
-
-    dense = copy.deepcopy(model)
-    percentage = float(goal)
-    optipfair.prune_model(
-        model, pruning_percentage=percentage, dataloader=batches, show_progress=False
-    )
-    if training:
-        order = torch.Generator().manual_seed(0)
-        shuffled = DataLoader(training, batch_size=None, shuffle=True, generator=order)
-        optipfair.distill_model(model, dense, shuffled, show_progress=False)
-    return model
-
-
 def size_of(model):
     """Return the bytes of all weights, in MiB, and how many `zstd -3` leaves."""
     from zstandard import ZstdCompressor
@@ -130,39 +93,44 @@ def size_of(model):
     return {"weights_mib": size / MIB, "zstd_mib": left / MIB}
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Measures what each change does to one model, beside the dense one in float32.
+class Kind(NamedTuple):
+    """What differs between language models, classifiers and sentence encoders.
 
     Attributes:
-        dense: The model.
-        quality: Returns numbers by their names.
+        dense: The model in float32.
+        rows: Runs, each with what changes a copy of the model. The first is the dense one.
+        quality: Measures what runs a model: returns numbers by their names.
         timed: What `clock` times.
         clock: Returns the seconds of each, for a batch size and what runs a model.
         run: Returns what runs a model, as benchmarks/programs.py does for a file.
-        rounds: Rounds of the clock. Memory is that of one with the largest batch.
+        samples: Lists of inputs for static quantization.
     """
 
     dense: nn.Module
+    rows: list
     quality: Callable
     timed: Sequence
     clock: Callable
     run: Callable
-    rounds: int
+    samples: Sequence = ()
 
-    def __call__(self, change):
-        """Return quality, bytes, speeds relative to the dense model, memory, and seconds to make the model."""
-        made = cost_of(lambda: change(copy.deepcopy(self.dense)))
-        model = made.result.eval()
-        with torch.no_grad():
-            measured = {"seconds": made.seconds, **self.quality(model), **size_of(model)}
-            if not self.rounds:
-                return measured
-            both = [self.run(self.dense), self.run(model)]
-            rounds = dict.fromkeys(BATCHES, self.rounds)
-            _, ratios = speeds(self.clock, self.timed, both, rounds)
-            peak = cost_of(partial(self.clock, max(BATCHES), both[1])).peak_mib
-        return {**measured, **ratios, "peak_mib": peak}
+
+def measure(kind, rounds, change):
+    """Return quality, bytes, speeds relative to the dense model, memory, and seconds to make the model.
+
+    Memory is that of one round of the clock with the largest batch.
+    """
+    made = cost_of(lambda: change(copy.deepcopy(kind.dense)))
+    model = made.result.eval()
+    run = kind.run(model)
+    with torch.no_grad():
+        measured = {"seconds": made.seconds, **kind.quality(run), **size_of(model)}
+        if not rounds:
+            return measured
+        both = [kind.run(kind.dense), run]
+        _, ratios = speeds(kind.clock, kind.timed, both, dict.fromkeys(BATCHES, rounds))
+        peak = cost_of(partial(kind.clock, max(BATCHES), run)).peak_mib
+    return {**measured, **ratios, "peak_mib": peak}
 
 
 def time_text(vocabulary, size, run):
@@ -186,9 +154,12 @@ def time_images(shape, size, run):
 def run_text(model):
     """Return what runs a language model."""
 
-    def run(ids, cache, _):
+    def run(ids, cache, kept):
         output = model(
-            input_ids=torch.from_numpy(ids), cache=cache, use_cache=True, logits_to_keep=1
+            input_ids=torch.from_numpy(ids),
+            cache=cache,
+            use_cache=True,
+            logits_to_keep=torch.from_numpy(kept),
         )
         return output.logits, output.cache
 
@@ -198,7 +169,7 @@ def run_text(model):
 def run_images(model):
     """Return what runs a classifier."""
     dtype = next(model.parameters()).dtype
-    return lambda pixels: model(torch.from_numpy(pixels).to(dtype))
+    return lambda pixels: (model(torch.from_numpy(pixels).to(dtype)), None)
 
 
 def narrower(batches, goal, model, bits=0, **choices):
@@ -245,59 +216,54 @@ def text(options):
     """Prepare a language model."""
     language = LanguageModel(replace(options, nsamples=options.nsamples or 16), more=DISTIL)
     base = language.planned
-    batches = language.calibration
-    peer = replace(base, code="Torch-Pruning")
-    other = replace(base, code="OptiPFair")
-    narrow = partial(narrower, batches, allocation=replace(BY_LOSS, cost="seconds"))
+    rows = common_rows(base, language.calibration)
+    by_seconds = partial(
+        narrower, language.calibration, allocation=replace(BY_LOSS, cost="seconds")
+    )
+    rows += rows_of_units(base, "structured, fisher seconds", by_seconds, WIDTHS[:2])
 
     # With more windows, and trained after the units have left.
-    many = in_batches(language.data.train_windows, 4)
-    single = in_batches(language.data.train_windows, 1)
-    windows = {"calibration": replace(base.calibration, windows=DISTIL)}
+    many = in_batches(language.data.train_windows)
     recovery = Distill(passes=2, learning_rate=1e-3)
     distilled = partial(narrower, many, allocation=BY_LOSS, recovery=recovery)
+    base = replace(base, calibration=replace(base.calibration, windows=DISTIL))
+    rows += rows_of_units(base, "structured, distilled", distilled, WIDTHS[:2])
 
-    rows = common_rows(base, batches)
-    for planned, method, change in (
-        (base, "structured, fisher seconds", narrow),
-        (peer, "GroupMagnitude", partial(by_peer, batches[0])),
-        (other, "PPM", partial(by_optipfair, None, [])),
-        (other, "hybrid PPM", partial(by_optipfair, batches, [])),
-        (replace(other, **windows), "hybrid PPM, distilled", partial(by_optipfair, many, single)),
-        (replace(base, **windows), "structured, distilled", distilled),
-    ):
-        rows += rows_of_units(planned, method, change, WIDTHS[:2])
-
-    def quality(model):
-        return {"perplexity": perplexity(model, language.evaluation)}
+    def quality(run):
+        metric = WindowPerplexity()
+        for window in language.data.evaluation_windows.split(1):
+            logits, _ = run(window.numpy(), None, np.arange(window.shape[1]))
+            metric.update(torch.as_tensor(logits), window)
+        return {"perplexity": float(metric.compute())}
 
     clock = partial(time_text, language.model.config.vocab_size)
-    timed = ("prefill", "decode")
-    return Comparison(language.model, quality, timed, clock, run_text, options.runs), rows
+    return Kind(language.model, rows, quality, ("prefill", "decode"), clock, run_text)
 
 
 def photos(options):
     """Prepare a classifier with its weights, such as EfficientNet-Lite0, and images in the layout of ImageNet."""
     images = Photos(options.images, options.data, options.nsamples or 128)
+    rows = common_rows(images.planned, images.calibration)
+    by_seconds = partial(narrower, images.calibration, allocation=Fisher(cost="seconds"))
+    rows += rows_of_units(images.planned, "structured, fisher seconds", by_seconds, ["25", "35"])
 
-    def quality(model):
-        correct = outputs(model, images.evaluation).argmax(dim=1) == images.labels
+    def quality(run):
+        logits = [torch.as_tensor(run(pixels.numpy())[0]) for pixels, _ in images.evaluation]
+        correct = torch.cat(logits).argmax(dim=1) == images.labels
         return {"top1": int(correct.sum()) / len(correct)}
 
-    rows = common_rows(images.planned, images.calibration)
-    timed = partial(narrower, images.calibration, allocation=Fisher(cost="seconds"))
-    rows += rows_of_units(images.planned, "structured, fisher seconds", timed, ["25", "35"])
     clock = partial(time_images, images.calibration[0].shape[1:])
-    return Comparison(images.model, quality, ["images"], clock, run_images, options.runs), rows
+    samples = [[image.numpy()] for batch in images.calibration for image in batch.split(1)]
+    return Kind(images.model, rows, quality, ["images"], clock, run_images, samples)
 
 
 def main(options: Options = Options()):
     """Measure the rows."""
-    comparison, rows = photos(options) if options.images else text(options)
+    kind = photos(options) if options.images else text(options)
     runs = Runs(options.save, "worth")
-    for planned, change in rows:
+    for planned, change in kind.rows:
         if not options.rows or planned.method in options.rows:
-            runs(planned, partial(comparison, change))
+            runs(planned, partial(measure, kind, options.runs, change))
 
 
 if __name__ == "__main__":
