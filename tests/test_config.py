@@ -178,7 +178,7 @@ def test_an_unknown_choice_is_named(start, near):
 
 def test_a_config_replaces_the_choices():
     config = PruningConfig(0.5, method="balanced", pattern="2:4")
-    assert config_of(config, {}, prune) is config
+    assert config_of(config, prune) is config
     assert PruningCallback(config).config is config
     with refuses("A PruningConfig holds all choices, but skip came with one"):
         prune(nn.Linear(4, 4), [], config, skip="a")

@@ -283,9 +283,12 @@ def _base(option: str) -> type:
 
 
 def config_of(
-    sparsity: float | PruningConfig, choices: PruningChoices, function: Callable[..., Any]
+    sparsity: float | PruningConfig, function: Callable[..., Any], **choices: Unpack[PruningChoices]
 ) -> PruningConfig:
-    """Return the configuration that a function was given, or that of its sparsity and its `**choices`."""
+    """Return the configuration that a function was given, or that of its sparsity and its `**choices`.
+
+    jsonargparse follows `**choices` from there to `PruningConfig`, for the types and the help of YAML files.
+    """
     known = PruningChoices.__annotations__
     for name in choices.keys() - known.keys():
         near = did_you_mean(name, [*known, *inspect.signature(function).parameters])

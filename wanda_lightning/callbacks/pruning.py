@@ -105,7 +105,7 @@ class PruningCallback(ZerosCallback):
                     f"PruningCallback({sparsity}, method={method!r})."
                 )
             choices["method"] = method
-        self.config = config_of(sparsity, choices, PruningCallback)
+        self.config = config_of(sparsity, PruningCallback, **choices)
         if calibrate_on == "validation" and self.config.sequential in ("auto", "one_pass"):
             # The statistics of a validation loop are those of the dense model.
             self.config = replace(self.config, sequential="none")

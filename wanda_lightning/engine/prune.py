@@ -76,7 +76,7 @@ def prune(
         ValueError: If the model cannot be pruned as asked, before any weight is written; or if an activation is NaN or
             infinite.
     """
-    config = config_of(sparsity, choices, prune)
+    config = config_of(sparsity, prune, **choices)
     return prune_as(make_plan(config, model), batches, forward=forward, progress=progress)
 
 

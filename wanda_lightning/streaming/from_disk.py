@@ -87,7 +87,7 @@ def prune_from_disk(
         OSError: If the source cannot be read or the output cannot be written.
         ValueError: If a choice needs the whole model, or the output was begun with other choices.
     """
-    config = config_of(sparsity, choices, prune_from_disk)
+    config = config_of(sparsity, prune_from_disk, **choices)
     place = ModelSource(source, revision or "main", cache_dir, trust_remote_code)
     with pruned_from_disk(
         config, place, output, batches, dtype, tokenizer, forward, progress, device
