@@ -20,7 +20,7 @@ from wanda_lightning import (
     WandaPrune,
     prune,
 )
-from wanda_lightning.config import PruningChoices, config_of
+from wanda_lightning.config import PruningChoices
 from wanda_lightning.core import Magnitude, Uniform, Unstructured, Wanda, ZeroOut
 from wanda_lightning.core.criteria import Saliency
 from wanda_lightning.methods import (
@@ -178,8 +178,8 @@ def test_an_unknown_choice_is_named(start, near):
 
 def test_a_config_replaces_the_choices():
     config = PruningConfig(0.5, method="balanced", pattern="2:4")
-    assert config_of(config, prune) is config
     assert PruningCallback(config).config is config
+    assert PruningCallback(config, method=None).config is config  # as YAML files give it
     with refuses("A PruningConfig holds all choices, but skip came with one"):
         prune(nn.Linear(4, 4), [], config, skip="a")
     with refuses(r"WandaPrune takes a sparsity and choices.* Use PruningCallback\(config\)"):

@@ -46,7 +46,7 @@ class PruningChoices(TypedDict, total=False):
 
 @dataclass(frozen=True, init=False)
 class PruningConfig:
-    """The choices of one pruning, resolved to objects: names and objects are taken, and defaults filled in.
+    """The choices of one pruning: names become objects, and defaults are filled in.
 
         >>> PruningConfig(0.5, method="sparsegpt").solver
         SparseGPT(dampening=0.01, block_size=128, mask='block')
@@ -256,6 +256,11 @@ class PruningConfig:
         return {field.name: _describe(getattr(self, field.name)) for field in fields(self)}
 
 
+# jsonargparse takes a method named `__init__` of a dataclass for a generated one, whose arguments are the fields. These
+# are objects: YAML files could then give no names.
+PruningConfig.__init__.__name__ = "from_choices"
+
+
 def _reads_data(choice: Any) -> bool:
     kinds_of_data = ("needs", "reads_gradients", "reads_batches")
     return any(getattr(choice, kind, False) for kind in kinds_of_data)
@@ -282,25 +287,22 @@ def _base(option: str) -> type:
     return next(getattr(room, option.title()) for room in rooms if hasattr(room, option.title()))
 
 
-def config_of(
-    sparsity: float | PruningConfig, function: Callable[..., Any], **choices: Unpack[PruningChoices]
-) -> PruningConfig:
-    """Return the configuration that a function was given, or that of its sparsity and its `**choices`.
-
-    jsonargparse follows `**choices` from there to `PruningConfig`, for the types and the help of YAML files.
-    """
+def check_choices(
+    sparsity: float | PruningConfig, choices: Mapping[str, Any], function: Callable[..., Any]
+) -> None:
+    """Refuse one of the `**choices` of a function that is no choice of pruning, or that came with a whole config."""
     known = PruningChoices.__annotations__
     for name in choices.keys() - known.keys():
         near = did_you_mean(name, [*known, *inspect.signature(function).parameters])
         raise UserError(f"{name} is no choice of pruning.{near}")
-    if not isinstance(sparsity, PruningConfig):
-        return PruningConfig(sparsity, **choices)
-    if choices:
+    # A YAML file gives every choice its default.
+    arguments = inspect.signature(PruningConfig).parameters
+    given = [name for name, value in choices.items() if value != arguments[name].default]
+    if given and isinstance(sparsity, PruningConfig):
         raise UserError(
-            f"A PruningConfig holds all choices, but {', '.join(choices)} came with one. Give the config alone, or "
-            "dataclasses.replace(config, ...)."
+            f"A PruningConfig holds all choices, but {', '.join(given)} came with one. Give the config alone, or make "
+            "another PruningConfig."
         )
-    return sparsity
 
 
 def _check_sparsity(sparsity: float) -> None:

@@ -151,10 +151,10 @@ def register(name: str) -> Callable[[type[_Choice]], type[_Choice]]:
             raise UserError(
                 f"register({name!r}) takes a subclass of {', '.join(_TABLES)}, but {cls.__name__} is none."
             )
-        own_names = {**METHODS, **PRESETS, **_TABLES[base]}
-        if name in own_names and name not in _registered:
+        own_names = {"unstructured", *METHODS, *PRESETS, *_TABLES[base]}
+        if ":" in name or (name in own_names and (base, name) not in _registered):
             raise UserError(f"{name!r} is a name of this package. Give {cls.__name__} another one.")
-        _registered.add(name)
+        _registered.add((base, name))
         _TABLES[base][name] = cls
         if base == "Criterion":
             METHODS[name] = Method(cls)  # type: ignore[arg-type]
@@ -165,4 +165,4 @@ def register(name: str) -> Callable[[type[_Choice]], type[_Choice]]:
     return add
 
 
-_registered: set[str] = set()
+_registered: set[tuple[str, str]] = set()

@@ -22,7 +22,7 @@ from wanda_lightning.common import checks
 from wanda_lightning.common.aliases import Kwargs, StrPath
 from wanda_lightning.common.atomic_write import require_writable
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, config_of
+from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
 from wanda_lightning.engine.prune import prune_as, prune_collected, rehearse
 from wanda_lightning.loop.plan import Plan, make_plan
 from wanda_lightning.parallel import SINGLE_PROCESS
@@ -105,7 +105,11 @@ class PruningCallback(ZerosCallback):
                     f"PruningCallback({sparsity}, method={method!r})."
                 )
             choices["method"] = method
-        self.config = config_of(sparsity, PruningCallback, **choices)
+        check_choices(sparsity, choices, PruningCallback)
+        if isinstance(sparsity, PruningConfig):
+            self.config = sparsity
+        else:
+            self.config = PruningConfig(sparsity, **choices)
         if calibrate_on == "validation" and self.config.sequential in ("auto", "one_pass"):
             # The statistics of a validation loop are those of the dense model.
             self.config = replace(self.config, sequential="none")
@@ -396,6 +400,9 @@ class PruningCallback(ZerosCallback):
 
 
 class WandaPrune(PruningCallback):
-    """`PruningCallback(method="wanda")`: by weight magnitude times input norm, within each row (Sun et al. 2024)."""
+    """`PruningCallback(method="wanda")`: by weight magnitude times input norm, within each row (Sun et al. 2024).
+
+    It takes a sparsity and choices, but no `PruningConfig`, which would choose the method itself.
+    """
 
     _default_method = "wanda"

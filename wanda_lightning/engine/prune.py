@@ -13,7 +13,7 @@ from wanda_lightning.calibration.gradients import check_predictions
 from wanda_lightning.calibration.observer import PassiveCalibration
 from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.samples import Samples
-from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, config_of
+from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
 from wanda_lightning.experts.remove_experts import remove_experts
 from wanda_lightning.loop.plan import DenseStatistics, Plan, make_plan, refuse_unprunable
 from wanda_lightning.loop.run import Run, WeightStore
@@ -76,7 +76,8 @@ def prune(
         ValueError: If the model cannot be pruned as asked, before any weight is written; or if an activation is NaN or
             infinite.
     """
-    config = config_of(sparsity, prune, **choices)
+    check_choices(sparsity, choices, prune)
+    config = sparsity if isinstance(sparsity, PruningConfig) else PruningConfig(sparsity, **choices)
     return prune_as(make_plan(config, model), batches, forward=forward, progress=progress)
 
 

@@ -52,6 +52,14 @@ def remove_experts(run: Run) -> PruningReport:
     mixtures = _find_mixtures(plan)
     dense_parameters = number_of_parameters(plan.model)
     removal = _ExpertRemoval(plan, mixtures)
+    modules = {mixture.experts for mixture in mixtures}
+    for layer in plan.layers:
+        if layer.module not in modules or layer.expert is None:
+            detail = "no matrix of a routed expert"
+            run.done.skipped[layer.name] = SkippedMatrix(
+                layer.name, layer.stored_shape, SkipReason.UNCOUPLED, detail
+            )
+
     batch_norm = observe_batch_norm(run)
     run = observe_in_one_pass(run, removal.saliency)
     with pruning(run) as run:
@@ -61,14 +69,6 @@ def remove_experts(run: Run) -> PruningReport:
     _declare(plan.config, plan.model, mixtures)
     run = correct_batch_norm(run, batch_norm)
 
-    for layer in plan.layers:
-        if layer.name not in run.done.layers:
-            run.done.skipped[layer.name] = SkippedMatrix(
-                layer.name,
-                layer.stored_shape,
-                SkipReason.UNCOUPLED,
-                "no matrix of a routed expert",
-            )
     dense = left_dense(run)
     coverage = low_coverage(plan.inventory, dense)
     report = make_report(run, dense, coverage=coverage, rare_experts=("expert", "scored by these"))

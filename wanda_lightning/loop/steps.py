@@ -51,7 +51,7 @@ def begin(
     progress: bool = True,
     store: WeightStore = WeightStore(),
 ) -> Run:
-    """Start a run: refuse what can be refused before the model runs, then run one sample to its end.
+    """Start a run: refuse what can be refused before the model runs, then try a sample unless many run first.
 
     Args:
         plan: The layers, their stops, and the choices.
@@ -140,7 +140,8 @@ def observe_batch_norm(run: Run) -> BatchNormStatistics:
 
 
 def correct_batch_norm(run: Run, statistics: BatchNormStatistics) -> Run:
-    """Correct the BatchNorm layers of the pruned model."""
+    """Correct the BatchNorm layers of the pruned model, and free what it was pruned with."""
+    run = replace(run, observation=None)
     with (
         run.clock.timed("normalize", statistics.layers),
         pruning_mode(run.plan.model, statistics.layers),
@@ -165,8 +166,9 @@ def allocate(
         run = observe_in_one_pass(run, observer)
         assert run.observation is not None
         dense = DenseStatistics(run.observation.inputs)
-        resumed = _resumed(run, pattern_for)
-        return resumed or with_sparsities(run, dense, choose, pattern_for, not unit_columns)
+        with run.clock.timed("prune"), pruning_mode(run.plan.model):
+            resumed = _resumed(run, pattern_for)
+            return resumed or with_sparsities(run, dense, choose, pattern_for, not unit_columns)
 
     is_reported = config.allocation.needs or config.reads_gradients
     with run.clock.timed("allocate", is_reported=is_reported):
@@ -308,6 +310,8 @@ def visit_stops(
     `restore` gives layers the shapes that they have after pruning, if an interrupted run has written them.
     """
     plan = run.plan
+    if run.observation is None:
+        run = observe_in_one_pass(run, observer)
     observation = run.observation if plan.observed else Observation()
     with (
         ProgressBar("Pruning", None, run.progress) as bar,

@@ -1,4 +1,4 @@
-"""Set single weights to zero: `prune_weights` shows how, from top to bottom; below, one stop is solved and written."""
+"""Set single weights to zero: `prune_weights` is the whole procedure, and the rest solves and writes one stop."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple

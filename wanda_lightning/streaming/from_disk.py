@@ -15,7 +15,7 @@ from wanda_lightning.common.atomic_write import resolve_path
 from wanda_lightning.common.checks import shown
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
-from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, config_of
+from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
 from wanda_lightning.engine.prune import prune_as
 from wanda_lightning.experts.mixture_checks import find_mixtures
 from wanda_lightning.loop.plan import make_plan
@@ -87,7 +87,8 @@ def prune_from_disk(
         OSError: If the source cannot be read or the output cannot be written.
         ValueError: If a choice needs the whole model, or the output was begun with other choices.
     """
-    config = config_of(sparsity, prune_from_disk, **choices)
+    check_choices(sparsity, choices, prune_from_disk)
+    config = sparsity if isinstance(sparsity, PruningConfig) else PruningConfig(sparsity, **choices)
     place = ModelSource(source, revision or "main", cache_dir, trust_remote_code)
     with pruned_from_disk(
         config, place, output, batches, dtype, tokenizer, forward, progress, device
