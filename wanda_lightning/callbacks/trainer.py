@@ -1,4 +1,4 @@
-"""What callbacks ask a Trainer: its processes, its mode, its metrics, and the averages of other callbacks."""
+"""Questions of callbacks to a Trainer: its processes, mode and metrics, and the averages of other callbacks."""
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException

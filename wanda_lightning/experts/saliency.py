@@ -137,7 +137,7 @@ class ExpertSaliency(StopObserver):
 
 
 class _Routing(NamedTuple):
-    """What the experts of a mixture add for each token; each tensor has the shape (tokens, k)."""
+    """The contribution of each token's experts to the output of a mixture; each tensor has the shape (tokens, k)."""
 
     tokens: Tensor  # the inputs, (tokens, d_in)
     experts: Tensor  # indices

@@ -152,7 +152,7 @@ class PruningReport(ReportData):
         return content.getvalue()
 
     def __str__(self) -> str:
-        """What was pruned and how, what changed in quality if it was measured, and the notes."""
+        """The method, the totals, the change in quality if it was measured, and the notes."""
         run = self.run or Circumstances()
         calibration = f", calibrated on {run.calibration}" if run.calibration else ""
         method = descriptions.method_in_words(self.config)

@@ -1,4 +1,4 @@
-"""What a hidden unit costs: its part of the time of its block."""
+"""The cost of a hidden unit: its share of the time of its block."""
 
 import time
 from collections.abc import Sequence
