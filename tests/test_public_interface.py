@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import wanda_lightning
+from wanda_lightning import core, loop
 
 FILE = Path(__file__).with_name("public_interface.txt")
 SHOWN_DECORATORS = ("classmethod", "staticmethod", "property", "cached_property", "dataclass")
@@ -22,8 +23,10 @@ SHOWN_METHODS = ("__init__", "__call__")  # besides those without an underscore
 def interface():
     """Return the text of the file: one paragraph for each public name."""
     paragraphs = []
-    for name in wanda_lightning.__all__:
-        public = getattr(wanda_lightning, name)
+    in_rooms = {**vars(core), **vars(loop)}
+    public_names = {name for name, value in in_rooms.items() if hasattr(value, "__qualname__")}
+    for name in sorted(public_names.union(wanda_lightning.__all__)):
+        public = in_rooms.get(name) or getattr(wanda_lightning, name)
         if public.__name__ != name:
             lines = [f"{name} = {public.__name__}"]
         elif inspect.isclass(public):
