@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from sentence_transformers import SentenceTransformer
 
-from wanda_lightning import EmbeddingModule, SentenceDataModule, prune
+from wanda_lightning import EmbeddingModule, SentenceDataModule, shrink
 
 # What docs/embeddings.md shows, run by the second environment.
 LOAD = """
@@ -51,10 +51,10 @@ def main(python: Path, model: str) -> None:
     sentences = SentenceDataModule(
         module.model, "python-docs", num_samples=256
     ).calibration_sentences
-    prune(module.model, sentences, 0.5, pattern="structured")
+    print(shrink(module.model, sentences, units=0.5))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        print(module.save_pretrained(folder / "smaller", shrink=True))
+        module.save_pretrained(folder / "smaller")
         smaller = SentenceTransformer(str(folder / "smaller"), device="cpu")
         np.save(folder / "embeddings.npy", smaller.encode(sentences))
         (folder / "sentences.txt").write_text("\n".join(sentences))

@@ -28,9 +28,8 @@ from worth import Kind, narrower, rows_of_units
 from wanda_lightning import (
     DistillFromDense,
     EmbeddingModule,
-    PruningCallback,
     SentenceDataModule,
-    shrink,
+    ShrinkCallback,
 )
 
 NUMBERS = dict.fromkeys(("onnxruntime", "openvino"), ("float32", "int8"))
@@ -51,8 +50,8 @@ def trained(options, goal, model, seed):
         train_samples=PIECES,
         seed=seed,
     )
-    pruning = PruningCallback(int(goal) / 100, pattern="structured", num_samples=1024)
-    callbacks = [pruning, DistillFromDense(weight=1.0)]
+    shrinking = ShrinkCallback(units=int(goal) / 100, num_samples=1024)
+    callbacks = [DistillFromDense(weight=1.0), shrinking]
     choices = {
         "gradient_clip_val": 1.0,
         "limit_val_batches": 0,
@@ -60,7 +59,6 @@ def trained(options, goal, model, seed):
         "enable_checkpointing": False,
     }
     L.Trainer(max_epochs=1, callbacks=callbacks, **choices).fit(module, data)
-    shrink(model)
     return model.eval()
 
 

@@ -19,7 +19,7 @@ import torch
 from measuring import LanguageModel, Text, fingerprint, in_batches, perplexity, run_from_shell
 from result import Runs
 
-from wanda_lightning import prune
+from wanda_lightning import prune, shrink
 from wanda_lightning.calibration import observer
 from wanda_lightning.experts.saliency import ExpertSaliency
 
@@ -49,18 +49,17 @@ def main(options: Text, save: str = ""):
         case = {"weights": fingerprint(language.model), "draw": draw}
         planned = replace(language.planned, case=case)
         scores = {
-            "REAP": ("experts_reap", ExpertSaliency.of),
-            "REAP, sum": ("experts", ExpertSaliency.of),
+            "REAP": ({"reap": True}, ExpertSaliency.of),
+            "REAP, sum": ({}, ExpertSaliency.of),
         }
         if draw == 0:
             runs(planned, language.measure)
             weights(runs, planned, language)
-            scores["uses"] = ("experts", ExpertSaliency.tokens)
-            scores["norms"] = ("experts", by_norm)
+            scores["uses"] = ({}, ExpertSaliency.tokens)
+            scores["norms"] = ({}, by_norm)
             for seed in range(3):
-                scores[f"random, seed {seed}"] = ("experts", at_random(seed))
-        for goal, (name, (pattern, score)) in product(GOALS, scores.items()):
-            arguments = {} if pattern == "experts" else {"pattern": pattern}
+                scores[f"random, seed {seed}"] = ({}, at_random(seed))
+        for goal, (name, (arguments, score)) in product(GOALS, scores.items()):
             row = replace(
                 planned, method=name, sparsity=goal, pattern="experts", arguments=arguments
             )
@@ -71,9 +70,13 @@ def measure(row, language, patched):
     """Prune a copy while something is patched, and return its perplexity."""
     model = copy.deepcopy(language.model)
     windows = language.data.calibration_windows[: row.calibration.windows]
-    choices = {"pattern": row.pattern, **row.arguments}
     with patched:
-        prune(model, in_batches(windows), row.sparsity, **choices, progress=False)
+        if row.pattern == "experts":
+            shrink(
+                model, in_batches(windows), experts=row.sparsity, **row.arguments, progress=False
+            )
+        else:
+            prune(model, in_batches(windows), row.sparsity, **row.arguments, progress=False)
     return {"perplexity": perplexity(model, language.evaluation)}
 
 

@@ -88,9 +88,9 @@ class Result:
         model: What was pruned.
         method: Row of the table.
         sparsity: What was asked for. 0 is the dense model.
-        pattern: `unstructured`, `structured` or `experts` (sparsity is a fraction of hidden units or experts), or N:M.
+        pattern: `unstructured` or N:M; `structured` or `experts` if a fraction of the hidden units or experts leaves.
         case: What else tells the runs of a table apart, such as a dtype.
-        arguments: Further arguments of `prune`.
+        arguments: Further arguments of `prune` or `shrink`.
         code: Whose implementation.
         calibration: Calibration data.
         evaluation: Evaluation data.

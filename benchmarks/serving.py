@@ -30,7 +30,7 @@ from result import Result, Runs
 from servers import SERVERS
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
-from wanda_lightning import CausalLMModule, prune
+from wanda_lightning import CausalLMModule, shrink
 
 FILES = Path("out/serving")
 SCRIPT = Path(__file__).with_name("servers.py")
@@ -87,7 +87,7 @@ def saved_models(options, tokenizer):
 def without_experts(model):
     """Return the model without half of its experts."""
     windows = random_windows(model.config.vocab_size, 8, 64)
-    prune(model, windows, 0.5, pattern="experts_reap", progress=False)
+    shrink(model, windows, experts=0.5, reap=True, progress=False)
     return model
 
 

@@ -27,7 +27,7 @@ from result import Result, Runs, Samples
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 from wanda_lightning import Fisher, prune, prune_from_disk
-from wanda_lightning.masks import prune_weights
+from wanda_lightning.verbs import prune_weights
 
 LENGTH = 2048
 BATCH = 4  # as in the command

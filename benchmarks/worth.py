@@ -33,14 +33,13 @@ from result import Runs, sparsity_of
 from torch import nn
 from torch.utils.benchmark import timer
 
-from wanda_lightning import Distill, Fisher, prune, shrink
+from wanda_lightning import Distill, prune, shrink
 from wanda_lightning.modules import WindowPerplexity
 
 BATCHES = (1, 32)
 PROMPT = 128
 NEW = 4  # tokens
 SCATTERED = (("best", "50"), ("thorough", "50"), ("best", "2:4"))
-BY_LOSS = Fisher(num_samples=8, num_predictions=4096)  # as in the presets
 WIDTHS = ("12.5", "25", "50")
 DISTIL = 128  # windows to calibrate and distil with
 
@@ -174,8 +173,7 @@ def run_images(model):
 
 def narrower(batches, goal, model, bits=0, **choices):
     """Return the model without a percentage of its hidden units, and with fewer bits if they are given."""
-    prune(model, batches, float(goal) / 100, pattern="structured", **choices, progress=False)
-    shrink(model)
+    shrink(model, batches, units=float(goal) / 100, progress=False, **choices)
     return quantized(model, bits) if bits else model
 
 
@@ -196,7 +194,7 @@ def common_rows(base, batches):
         return model
 
     narrow = partial(narrower, batches)
-    by_loss = partial(narrow, allocation=BY_LOSS)
+    by_loss = partial(narrow, by="loss")
     rows = [
         (base, lambda model: model),
         (replace(base, method="bfloat16"), lambda model: model.bfloat16()),
@@ -217,15 +215,13 @@ def text(options):
     language = LanguageModel(replace(options, nsamples=options.nsamples or 16), more=DISTIL)
     base = language.planned
     rows = common_rows(base, language.calibration)
-    by_seconds = partial(
-        narrower, language.calibration, allocation=replace(BY_LOSS, cost="seconds")
-    )
+    by_seconds = partial(narrower, language.calibration, by="seconds")
     rows += rows_of_units(base, "structured, fisher seconds", by_seconds, WIDTHS[:2])
 
     # With more windows, and trained after the units have left.
     many = in_batches(language.data.train_windows)
     recovery = Distill(passes=2, learning_rate=1e-3)
-    distilled = partial(narrower, many, allocation=BY_LOSS, recovery=recovery)
+    distilled = partial(narrower, many, by="loss", recovery=recovery)
     base = replace(base, calibration=replace(base.calibration, windows=DISTIL))
     rows += rows_of_units(base, "structured, distilled", distilled, WIDTHS[:2])
 
@@ -244,7 +240,7 @@ def photos(options):
     """Prepare a classifier with its weights, such as EfficientNet-Lite0, and images in the layout of ImageNet."""
     images = Photos(options.images, options.data, options.nsamples or 128)
     rows = common_rows(images.planned, images.calibration)
-    by_seconds = partial(narrower, images.calibration, allocation=Fisher(cost="seconds"))
+    by_seconds = partial(narrower, images.calibration, by="seconds")
     rows += rows_of_units(images.planned, "structured, fisher seconds", by_seconds, ["25", "35"])
 
     def quality(run):

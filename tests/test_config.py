@@ -65,8 +65,6 @@ def test_a_name_and_its_object_are_the_same(option, name):
     choices = {"sparsity": 0.5}
     if name == "assignment":
         choices["pattern"] = "2:4"
-    elif name.startswith("fisher_"):
-        choices["pattern"] = "structured"
     choices[option] = name
     by_name = PruningConfig(**choices)
     choices[option] = TABLES[option][name]()
@@ -182,5 +180,6 @@ def test_a_config_replaces_the_choices():
     assert PruningCallback(config, method=None).config is config  # as YAML files give it
     with refuses("A PruningConfig holds all choices, but skip came with one"):
         prune(nn.Linear(4, 4), [], config, skip="a")
-    with refuses(r"WandaPrune takes a sparsity and choices.* Use PruningCallback\(config\)"):
+    assert WandaPrune(PruningConfig(0.3)).config.sparsity == 0.3
+    with refuses(r"WandaPrune prunes by Wanda, .* Use PruningCallback"):
         WandaPrune(config)

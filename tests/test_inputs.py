@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 
 import wanda_lightning as wl
 from wanda_lightning import CausalLMModule, prune_from_disk
+from wanda_lightning.core import Structured
 from wanda_lightning.streaming import perplexity_from_disk
 
 
@@ -32,7 +33,12 @@ wl.ImageDataModule("cifar") | data must be digits, or an existing folder
 wl.ImageClassifierModule("test_vit", pretrained="no") | pretrained must be one of True, False
 wl.CausalLMModule("folder", trust_remote_code="false") | trust_remote_code must be one of True, False
 wl.CausalLMModule(tiny_llama(), lr_decay="false") | lr_decay must be one of True, False
-wl.CausalLMModule(tiny_llama()).save_pretrained("out", shrink="no") | shrink must be one of True, False
+wl.shrink(net(), units=50) | units must be a number above 0 and below 1, but it is 50
+wl.shrink(net(), units=0.5, refit="no") | refit must be one of True, False
+wl.shrink(net(), units=0.5, multiple_of=1.5) | ^multiple_of must be a whole number of at least 1
+wl.shrink(net(), units=0.5, multiple_of=1) | since units=0.5 reads calibration data, but none were given
+wl.shrink(net(), skip="0") | skip='0' would be ignored without units. Give units=0.5, for example, or leave skip out
+wl.prune(net(), pattern=Structured()) | pattern=Structured.* Use shrink.model, batches, units=0.5
 wl.Distill(seed=2**32) | seed of Distill must be a whole number of at least 0 and at most 4294967295
 """
 
@@ -41,7 +47,7 @@ wl.Distill(seed=2**32) | seed of Distill must be a whole number of at least 0 an
 def test_a_wrong_type_is_named(line):
     call, message = line.split(" | ")
     with refuses(message):
-        eval(call, {"wl": wl, "net": net, "tiny_llama": tiny_llama})
+        eval(call, {"wl": wl, "net": net, "tiny_llama": tiny_llama, "Structured": Structured})
 
 
 def test_batches_of_another_dtype_prune_nothing():

@@ -88,10 +88,10 @@ def defined_in(tree):
     return defined | stored | members_in(tree)
 
 
-def foreign_names(tree, inherited=frozenset()):
+def foreign_names(tree, inherited=frozenset(), called=frozenset()):
     """The private names that a file reads or imports, but does not define.
 
-    `self` may also have what classes in other files define: `inherited`.
+    `self` may also have what classes in other files define: `inherited`. `super()` has what the package calls itself.
     """
     names = set(names_in(tree)) - defined_in(tree)
     members = members_in(tree)
@@ -99,7 +99,7 @@ def foreign_names(tree, inherited=frozenset()):
         owner = ast.unparse(attribute.value)
         known = members
         if owner.startswith("super("):
-            known = set()
+            known = called
         elif owner == "self":
             known = members | inherited
         if attribute.attr not in known:
@@ -116,13 +116,16 @@ def used_in(folder):
     called = set()
     for tree in trees.values():
         members |= members_in(tree)
-        called |= methods_in(tree) & {node.attr for node in nodes(tree, ast.Attribute)}
+        attributes = nodes(tree, ast.Attribute)
+        called |= methods_in(tree) & {
+            node.attr for node in attributes if ast.unparse(node.value) != "super()"
+        }
 
     files = {}
     for file, tree in trees.items():
         # Nothing in the package calls it, so a library does: it replaces a method there.
         replaced = {name for name in methods_in(tree) - called if is_private(name)}
-        for name in sorted(foreign_names(tree, members) | replaced):
+        for name in sorted(foreign_names(tree, members, called) | replaced):
             files.setdefault(name, []).append(file)
     return files
 

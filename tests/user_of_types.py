@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from wanda_lightning import PruningCallback, WandaPrune, prune
+from wanda_lightning import PruningCallback, ShrinkCallback, WandaPrune, prune, shrink
 from wanda_lightning.core import Criterion, InputStatistics
 
 
@@ -22,10 +22,12 @@ class Power(Criterion):
 
 def right(model: nn.Module) -> None:
     """Calls without an error."""
-    WandaPrune(0.5, pattern="2:4", num_samples=8, solver="sparsegpt")
+    WandaPrune(0.5, pattern="2:4", num_samples=8)
     PruningCallback(0.5, method="sparsegpt", criterion="wanda", skip=["lm_head"])
     prune(model, method="wanda")
     prune(model, criterion=Power(power=0.3))
+    shrink(model, units=0.5, by="loss", skip="lm_head")
+    ShrinkCallback(experts=0.25, reap=True)
 
 
 def wrong(model: nn.Module) -> None:
@@ -36,3 +38,5 @@ def wrong(model: nn.Module) -> None:
     WandaPrune(spasity=0.5)  # type: ignore[call-arg]
     prune(model, methode="wanda")  # type: ignore[call-arg]
     prune(model, skip=3)  # type: ignore[arg-type]
+    shrink(model, unit=0.5)  # type: ignore[call-arg]
+    shrink(model, units=0.5, by="time")  # type: ignore[arg-type]

@@ -18,16 +18,15 @@ if TYPE_CHECKING:
         OneShot as OneShot,
         PruningCallback as PruningCallback,
         SavePretrained as SavePretrained,
+        ShrinkCallback as ShrinkCallback,
         WandaPrune as WandaPrune,
     )
-    from wanda_lightning.callbacks.prunable_module import PrunableModule as PrunableModule
     from wanda_lightning.common.errors import UserError as UserError
     from wanda_lightning.config import PruningConfig as PruningConfig
     from wanda_lightning.core import (
         ADMM as ADMM,
         NM as NM,
         OWL as OWL,
-        Experts as Experts,
         Fisher as Fisher,
         PerLayer as PerLayer,
         SparseGPT as SparseGPT,
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from wanda_lightning.data.own_text import sample_windows as sample_windows
     from wanda_lightning.data.sentences import SentenceDataModule as SentenceDataModule
     from wanda_lightning.data.text import TextDataModule as TextDataModule
-    from wanda_lightning.engine.prune import prune as prune
     from wanda_lightning.methods import register as register
     from wanda_lightning.modules import (
         CausalLMModule as CausalLMModule,
@@ -44,7 +42,6 @@ if TYPE_CHECKING:
         ImageClassifierModule as ImageClassifierModule,
     )
     from wanda_lightning.report import PruningReport as PruningReport
-    from wanda_lightning.units.shrink import shrink as shrink
     from wanda_lightning.streaming import (
         prune_from_disk as prune_from_disk,
         shrink_from_disk as shrink_from_disk,
@@ -54,28 +51,29 @@ if TYPE_CHECKING:
         Reconstruct as Reconstruct,
     )
     from wanda_lightning.training.held_zeros import keep_zeros as keep_zeros
+    from wanda_lightning.verbs.prune import prune as prune
+    from wanda_lightning.verbs.shrink import shrink as shrink
 
 _HOMES = {
     "callbacks": (
         "BestAfterPruning CubicSchedule DistillFromDense KeepZeros LinearSchedule OneShot "
-        "PruningCallback SavePretrained WandaPrune"
+        "PruningCallback SavePretrained ShrinkCallback WandaPrune"
     ),
-    "callbacks.prunable_module": "PrunableModule",
     "common.errors": "UserError",
     "config": "PruningConfig",
-    "core": "ADMM Experts Fisher NM OWL PerLayer SparseGPT",
+    "core": "ADMM Fisher NM OWL PerLayer SparseGPT",
     "data.images": "ImageDataModule",
     "data.own_text": "sample_windows",
     "data.sentences": "SentenceDataModule",
     "data.text": "TextDataModule",
     "modules": "CausalLMModule EmbeddingModule ImageClassifierModule",
-    "engine.prune": "prune",
     "methods": "register",
     "training": "Distill Reconstruct",
     "report": "PruningReport",
-    "units.shrink": "shrink",
     "streaming": "prune_from_disk shrink_from_disk",
     "training.held_zeros": "keep_zeros",
+    "verbs.prune": "prune",
+    "verbs.shrink": "shrink",
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 

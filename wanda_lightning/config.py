@@ -56,24 +56,21 @@ class PruningConfig:
     Args:
         sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1). The number of zeros in a row,
             or in another group that is compared, is rounded down.
-        method: Name of a method (by default `wanda`, and `refit` for hidden units) or of a preset: `fast` (Wanda in
-            one pass), `balanced` (masks and weights together, by ADMM), `best`, or `thorough` (`best`, then
-            distillation); it sets the defaults of the other choices.
+        method: Name of a method (by default `wanda`) or of a preset: `fast` (Wanda in one pass), `balanced` (masks and
+            weights together, by ADMM), `best`, or `thorough` (`best`, then distillation); it sets the defaults of the
+            other choices.
         criterion: How weights are scored, by default as in the paper of the method or the solver.
-        pattern: Where zeros may fall: anywhere (`unstructured`), in N:M such as `2:4`, which keeps N of every M
-            weights, or in whole hidden units (`structured`, or `structured:16` to keep multiples of 16 instead of
-            8), which `shrink` takes out; or whole experts leave each mixture of experts (`experts`, or
-            `experts_reap` by REAP's score); `sparsity` is then a fraction of units or experts. `"unstructured"`
-            compares as in the method's paper, `"unstructured_row"` and `"unstructured_layer"` compare as they say;
-            `"equal_share"` is the paper's variant.
+        pattern: Where zeros may fall: anywhere (`unstructured`), or in N:M such as `2:4`, which keeps N of every M
+            weights. `"unstructured"` compares as in the method's paper, `"unstructured_row"` and
+            `"unstructured_layer"` compare as they say; `"equal_share"` is the paper's variant. Whole hidden units and
+            experts leave a model by `shrink`.
         allocation: How the sparsity is distributed over layers: equally (`uniform`), or less where scores have more
-            outliers (`owl`) or the predictions depend more (`fisher`; for hidden units also by cost).
+            outliers (`owl`) or the predictions depend more (`fisher`).
         solver: How the final weights are computed: by zeroing alone (`zero_out`), or by updating the rest too.
         recovery: How kept weights are trained: not at all (`none`), by block (`reconstruct`), or all (`distill`).
         sequential: What is pruned before the statistics are collected: the earlier blocks (`block`), all earlier
-            layers (`layer`) or nothing (`none`); `auto` means none for image models, layer for structured patterns,
-            else block; `one_pass` means none for image models, else layer; and both mean block instead of layer if
-            a recovery trains blocks.
+            layers (`layer`) or nothing (`none`); `auto` means none for image models, else block; `one_pass`
+            means none for image models, else layer, or block if a recovery trains blocks.
         skip: Layers to leave dense: names, globs, or `re:` and a regular expression.
         only: Layers to prune, by default all, named in the same way. `skip` takes precedence.
         keep_batch_norm: Leave the running statistics of BatchNorm layers as they are, instead of correcting them.
@@ -110,10 +107,7 @@ class PruningConfig:
     ) -> None:
         _check_sparsity(sparsity)  # first: the following lines import torch
         check_pattern(pattern)
-        is_preset = method is None or method in methods.PRESETS
         base: methods.Method = methods.Method() if method is None else _named("method", method)
-        if is_preset and resolve_pattern(pattern).removes == "experts":
-            base = methods.Method()  # presets choose how weights are pruned
 
         chosen_solver: Solver = _resolve("solver", solver, base.solver)
         # A solver that is given scores as in its own paper, whatever the method is.
@@ -124,8 +118,6 @@ class PruningConfig:
         chosen_pattern = resolve_pattern(
             pattern, base.group or chosen_solver.group(chosen_criterion)
         )
-        if chosen_pattern.removes == "units" and solver is None and is_preset:
-            chosen_solver = methods.SOLVERS["zero_out" if method == "fast" else "refit"]()
 
         # Methods choose these for the patterns that leave something to choose.
         has_fixed_sparsity = chosen_pattern.fixed_sparsity is not None
@@ -167,38 +159,26 @@ class PruningConfig:
             advice = "Use SparseGPT(mask='upfront'), or another criterion or solver."
             yield "criterion", "solver", f"{reason} {advice}"
 
-        if self.pattern.removes == "units":
-            yield from self._contradictions_with_units()
-        elif self.allocation.cost != "units":
-            reason = (
-                "only hidden units have a cost. Use pattern='structured', or another allocation."
-            )
+        if self.pattern.removes == "weights" and self.allocation.cost != "units":
+            reason = "only hidden units have a cost. Use shrink(model, batches, units=0.5, by='seconds')."
             yield "allocation", "pattern", reason
-        if self.pattern.removes == "experts":
-            yield from self._contradictions_with_experts()
 
         why_not_trained = self.recovery.why_not(self.sequential)
         if why_not_trained:
             yield "recovery", "sequential", why_not_trained
 
-    def _contradictions_with_units(self) -> _Contradictions:
-        for option in ("solver", "allocation"):
-            if not getattr(self, option).fits_units:
-                fitting = ", ".join(
-                    name for name, make in NAMES[option].items() if make().fits_units
-                )
-                reason = f"it compares single weights, not hidden units. Choose from {fitting}."
-                yield option, "pattern", reason
-
-    def _contradictions_with_experts(self) -> _Contradictions:
-        for option in ("criterion", "allocation", "solver", "recovery"):
-            if getattr(self, option) != getattr(methods.METHODS["wanda"], option)():
-                reason = f"whole experts are dropped by a score of their own. Leave {option} out."
-                yield option, "pattern", reason
-
     def shown(self, option: str) -> str:
-        """Return an option and its value for messages, as the user can type it: `solver='admm'`, `solver=ADMM(...)`."""
+        """Return an option and its value for messages, as the user can type it: `solver='admm'`, `solver=ADMM(...)`.
+
+        The options of `shrink` have other names.
+        """
         value = getattr(self, option)
+        removes = self.pattern.removes
+        if removes != "weights" and option in ("pattern", "sparsity"):
+            return f"{removes}={self.sparsity:g}"
+        if removes != "weights" and option == "allocation":
+            by = "seconds" if value.cost == "seconds" else "loss"
+            return f"by={by!r}" if value.reads_gradients else "by='equal'"
         if isinstance(value, str):
             return f"{option}={value!r}"
         for name, make in NAMES[option].items():
@@ -209,9 +189,10 @@ class PruningConfig:
     @property
     def preset(self) -> str:
         """Name of the preset with exactly these choices; empty if there is none."""
+        if self.pattern.removes != "weights":
+            return ""
         # Presets choose the groups of `unstructured` themselves; other patterns are the user's.
-        is_free = self.pattern.fixed_sparsity is None and self.pattern.removes != "units"
-        pattern = "unstructured" if is_free else self.pattern
+        pattern = "unstructured" if self.pattern.fixed_sparsity is None else self.pattern
         choices = [option for option in NAMES if option != "method"]
         for name in methods.PRESETS:
             preset = PruningConfig(self.sparsity, method=name, pattern=pattern)
@@ -239,8 +220,8 @@ class PruningConfig:
         """The first choice that needs calibration data, as `shown`; None if no choice needs any."""
         choices = ("criterion", "solver", "allocation", "recovery")
         readers = [option for option in choices if _reads_data(getattr(self, option))]
-        if self.pattern.removes == "experts":
-            readers.insert(0, "pattern")  # the criterion is not used
+        if self.pattern.removes != "weights":
+            readers.insert(0, "pattern")
         elif self.pattern.reads_batches:
             readers.append("pattern")
         return self.shown(readers[0]) if readers else None
@@ -275,7 +256,7 @@ NAMES: Mapping[str, Mapping[str, Any]] = {
     "recovery": methods.RECOVERIES,
     "sequential": dict.fromkeys((*methods.SEQUENTIAL_CHOICES, "auto", "one_pass")),
 }
-"""The names that an argument of `PruningConfig` takes; `pattern` also takes any N:M, and `structured:16`."""
+"""The names that an argument of `PruningConfig` takes; `pattern` also takes any N:M."""
 
 
 def _base(option: str) -> type:
@@ -287,10 +268,10 @@ def _base(option: str) -> type:
     return next(getattr(room, option.title()) for room in rooms if hasattr(room, option.title()))
 
 
-def check_choices(
-    sparsity: float | PruningConfig, choices: Mapping[str, Any], function: Callable[..., Any]
-) -> None:
-    """Refuse one of the `**choices` of a function that is no choice of pruning, or that came with a whole config."""
+def config_of(
+    sparsity: float | PruningConfig, function: Callable[..., Any], /, **choices: Any
+) -> PruningConfig:
+    """Return the choices of a function; refuse one that is no choice of pruning, or that came with a whole config."""
     known = PruningChoices.__annotations__
     for name in choices.keys() - known.keys():
         near = did_you_mean(name, [*known, *inspect.signature(function).parameters])
@@ -298,11 +279,15 @@ def check_choices(
     # A YAML file gives every choice its default.
     arguments = inspect.signature(PruningConfig).parameters
     given = [name for name, value in choices.items() if value != arguments[name].default]
-    if given and isinstance(sparsity, PruningConfig):
+    if not isinstance(sparsity, PruningConfig):
+        sparsity = PruningConfig(sparsity, **choices)
+    elif given:
         raise UserError(
             f"A PruningConfig holds all choices, but {', '.join(given)} came with one. Give the config alone, or make "
             "another PruningConfig."
         )
+    _refuse_what_shrinks(sparsity.pattern)
+    return sparsity
 
 
 def _check_sparsity(sparsity: float) -> None:
@@ -347,27 +332,35 @@ def resolve_pattern(given: Pattern | str, group: str = "row") -> Pattern:
     Example:
         >>> resolve_pattern("1:4")
         NM(n=1, m=4)
-        >>> resolve_pattern("structured:16")
-        Structured(multiple_of=16, columns=1)
     """
     check_pattern(given)
     if given == "unstructured":
         given = f"unstructured_{group}"
     if isinstance(given, str) and ":" in given:
-        from wanda_lightning.core.patterns import NM, Structured
+        from wanda_lightning.core.patterns import NM
 
-        first, _, second = given.partition(":")
-        if first == "structured":
-            return Structured(multiple_of=int(second))
-        return NM(int(first), int(second))
+        n, _, m = given.partition(":")
+        return NM(int(n), int(m))
     return _resolve("pattern", given)
 
 
 def check_pattern(given: object) -> None:
-    """Raise a ValueError for a name that is not one of a pattern, nor N:M, nor structured:MULTIPLE."""
-    has_numbers = isinstance(given, str) and re.fullmatch(r"(\d+|structured):\d+", given)
-    if given is None or (isinstance(given, str) and not has_numbers):
-        _named("pattern", given)
+    """Raise a ValueError for a name that is not one of a pattern, nor N:M."""
+    if isinstance(given, str | None):
+        _refuse_what_shrinks(given)
+        if not re.fullmatch(r"\d+:\d+", given or ""):
+            _named("pattern", given)
+
+
+def _refuse_what_shrinks(pattern: object) -> None:
+    """Refuse patterns of which no zeros stay, with the call that replaces them."""
+    removes = getattr(pattern, "removes", str(pattern).partition(":")[0].partition("_")[0])
+    amount = {"units": "units", "structured": "units", "experts": "experts"}.get(removes)
+    if amount:
+        raise UserError(
+            f"pattern={pattern!r} leaves no zeros, but a smaller model. Use shrink(model, batches, {amount}=0.5), "
+            f"`wanda-lightning shrink --{amount} 0.5` or ShrinkCallback({amount}=0.5)."
+        )
 
 
 def _describe(value: Any) -> Any:

@@ -46,9 +46,6 @@ PATTERNS: Table[Pattern] = {
     "unstructured_layer": _core("Unstructured", group="layer"),
     "unstructured_layer_weighted": _core("Unstructured", group="layer", weigh_rows=None),
     "equal_share": _core("EqualShare"),
-    "structured": _core("Structured"),
-    "experts": _core("Experts"),
-    "experts_reap": _core("Experts", average=True),
     "2:4": _core("NM", n=2, m=4),
     "4:8": _core("NM", n=4, m=8),
 }
@@ -56,9 +53,7 @@ PATTERNS: Table[Pattern] = {
 ALLOCATIONS: Table[Allocation] = {
     "uniform": _core("Uniform"),
     "owl": _core("OWL"),
-    "owl_layer": _core("OWL", per="layer"),
     "fisher": _core("Fisher"),
-    "fisher_seconds": _core("Fisher", cost="seconds"),
 }
 
 RECOVERIES: Table[Recovery] = {

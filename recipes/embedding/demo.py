@@ -32,7 +32,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from torchmetrics.functional import spearman_corrcoef
 
-from wanda_lightning import EmbeddingModule, SentenceDataModule, prune, shrink
+from wanda_lightning import EmbeddingModule, SentenceDataModule, shrink
 from wanda_lightning.report import Circumstances, Measured
 from wanda_lightning.report.descriptions import SPEARMAN
 
@@ -101,7 +101,7 @@ def speeds(
 
 
 def main() -> None:
-    """Prune copies of the model, measure all of them, and save the one without half of its units."""
+    """Shrink copies of the model, measure all of them, and save the one without half of its units."""
     parser = argparse.ArgumentParser(description="Take hidden units out of a sentence encoder.")
     parser.add_argument("--model", required=True, help="folder or hub id of sentence-transformers")
     parser.add_argument("--calibration", default="python-docs", help="text to cut into sentences")
@@ -134,8 +134,8 @@ def main() -> None:
     for sparsity in SPARSITIES:
         name = f"without {sparsity:.0%} of the units"
         model = copy.deepcopy(dense)
-        report = prune(model, calibration, sparsity, pattern="structured")
-        print(f"{name}: {shrink(model)}")
+        report = shrink(model, calibration, units=sparsity)
+        print(f"{name}: {sum(map(torch.numel, model.parameters())):,} parameters")
         models[name] = model
         reports.append(report)
 
@@ -155,7 +155,7 @@ def main() -> None:
         costs=(Measured("MiB of weights", sizes[0], sizes[1]), one[1], many[1]),
         calibration=f"{options.calibration}, {len(calibration)} sentences",
     )
-    replace(reports[0].marked_as_shrunk(), run=run).save(PAGE)
+    replace(reports[0], run=run).save(PAGE)
 
     table = Table(
         title=f"{options.model}, calibrated on {len(calibration)} sentences of {options.calibration}"

@@ -3,7 +3,7 @@
     python recipes/llm/get_smollm2.py .cache
     python recipes/llm/smaller_longer.py --model .cache/SmolLM2-135M-Instruct.Q4_1.gguf --output out/longer web.txt
 
-1. Units are removed as by `wanda-lightning prune --pattern structured --allocation fisher --shrink`.
+1. Units are removed as by `wanda-lightning shrink --units 0.25 --by loss`.
 2. The dense model continues pieces of the text, so that there is more of its kind.
 3. The smaller model reads the text and the continuations once, and learns to predict like the dense model.
 4. It reads the text again, and half of the loss is now that of the text itself.
@@ -28,7 +28,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from transformers import GenerationConfig
 
-from wanda_lightning import CausalLMModule, DistillFromDense, Fisher, TextDataModule, prune
+from wanda_lightning import CausalLMModule, DistillFromDense, TextDataModule, shrink
 from wanda_lightning.common.atomic_write import atomic_write
 from wanda_lightning.common.progress import ProgressBar
 
@@ -64,10 +64,8 @@ def take_out_units(options: argparse.Namespace, folder: Path) -> None:
     """Step 1: save a smaller model in a folder."""
     module = CausalLMModule(options.model, dtype="float32")
     batches = data_of(module, [options.text]).calibration_dataloader()
-    by_loss = Fisher(num_samples=8, num_predictions=4096)  # as in the presets
-    model = module.model.eval()
-    prune(model, batches, options.sparsity, pattern="structured", allocation=by_loss)
-    module.save_pretrained(folder, shrink=True)
+    shrink(module.model.eval(), batches, units=options.sparsity, by="loss")
+    module.save_pretrained(folder)
 
 
 def write_more(options: argparse.Namespace, file: Path) -> None:

@@ -27,7 +27,6 @@ from support.layers import assert_same
 from support.quiet import prune
 from support.samples import run_of, samples_of
 from support.zoo import batches_of, model_of
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
 from wanda_lightning.calibration.lockstep import lockstep
@@ -285,15 +284,6 @@ def test_what_modules_collect_in_a_context_variable_reaches_their_own_batch():
 # ---- the state of a batch is that of a plain forward pass
 
 
-class Named(TorchDispatchMode):
-    def __init__(self, name):
-        super().__init__()
-        self.name = name
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
-
-
 STATES = {
     "autocast": (
         lambda dtype: torch.autocast("cpu", dtype=dtype, enabled=dtype is not None),
@@ -301,14 +291,7 @@ STATES = {
         lambda: (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
     ),
     "device": (torch.device, ("cpu", "meta"), lambda: torch.empty(1).device.type),
-    "dispatch": (Named, ("a", "b"), lambda: getattr(_get_current_dispatch_mode(), "name", None)),
 }
-if torch.accelerator.is_available():
-    STATES["stream"] = (
-        lambda stream: stream,
-        (torch.Stream(), torch.Stream()),
-        torch.accelerator.current_stream,
-    )
 """By name: a context manager, two values for it, and what is current."""
 
 

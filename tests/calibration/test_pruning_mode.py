@@ -6,7 +6,6 @@ from copy import deepcopy
 import pytest
 import torch
 from support.layers import assert_same
-from support.quiet import prune
 from support.tiny import on_meta
 from support.zoo import model_of
 from torch import nn
@@ -132,37 +131,6 @@ def test_experts_are_multiplied_one_at_a_time(model_class, monkeypatch):
     )
     model(ids)
     assert at_once
-
-
-class Counting(nn.Module):
-    """Counts its calls in buffers, in one in place, and keeps a cache."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8))
-        self.register_buffer("calls", torch.zeros(()))
-        self.register_buffer("more_calls", torch.zeros(1))
-        self.register_buffer("cache", torch.zeros(0), persistent=False)
-
-    def forward(self, x):
-        self.calls += 1
-        self.more_calls = self.more_calls + 1
-        self.cache = x
-        return self.layers(x)
-
-
-@pytest.mark.parametrize("method", ["wanda", "thorough"])
-def test_buffers_of_the_state_dict_are_as_before(method):
-    model = Counting().eval()
-    batches = list(torch.randn(4, 16, 8))
-    plain = deepcopy(model.layers)
-    calls = model.calls
-    for each in (model, plain):
-        prune(each, batches, 0.5, method=method)
-    assert model.calls is calls
-    assert (model.calls, model.more_calls) == (0, 0)
-    assert len(model.cache)
-    assert_same(model.layers, plain)
 
 
 def test_threads_that_overlap_leave_the_fast_path_as_it_was():

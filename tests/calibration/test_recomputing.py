@@ -65,7 +65,7 @@ class Net(nn.Module):
 
 def recomputed_gradients(model, x, blocks):
     model.zero_grad()
-    with recomputing(model, blocks):
+    with recomputing(blocks):
         model(x).square().sum().backward()
     return [p.grad for p in model.parameters()]
 
@@ -93,7 +93,7 @@ def test_gradients_are_those_of_autograd(put, silent, frozen):
 @pytest.mark.parametrize(("with_gradients", "calls"), [(True, 2), (False, 1)])
 def test_a_block_runs_again_only_for_gradients(with_gradients, calls):
     model = Net(put_nothing, put_nothing, put_nothing)
-    with recomputing(model, model.blocks), torch.set_grad_enabled(with_gradients):
+    with recomputing(model.blocks), torch.set_grad_enabled(with_gradients):
         output = model(torch.randn(4, 6)).sum()
         if with_gradients:
             output.backward()
@@ -102,7 +102,7 @@ def test_a_block_runs_again_only_for_gradients(with_gradients, calls):
 
 def test_an_error_restores_the_blocks():
     model = Net(put_nothing)
-    with pytest.raises(TypeError), recomputing(model, model.blocks):
+    with pytest.raises(TypeError), recomputing(model.blocks):
         model.blocks[0]("no keyword")
     assert not overrides(model)
 
@@ -120,7 +120,7 @@ def test_only_one_block_is_in_memory():
             return tensor
 
         with (
-            recomputing(model, blocks),
+            recomputing(blocks),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         ):
             model(torch.randn(16, 8))
@@ -141,7 +141,7 @@ def test_nothing_outlives_the_graph(backward):
     gc.collect()
     gc.disable()
     try:
-        with recomputing(model, model.blocks):
+        with recomputing(model.blocks):
             output = model(torch.randn(4, 6))
             if backward:
                 output.sum().backward()

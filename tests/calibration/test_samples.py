@@ -1,9 +1,6 @@
 """Calibration batches as forward passes: which are refused, and what an error in one says."""
 
-import math
-from contextlib import nullcontext
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -249,20 +246,3 @@ X = {"x": torch.ones(1, 2)}
 def test_samples_that_differ_run_alone(one, other):
     _, samples = samples_of(one, other)
     assert not fit_together(samples)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8, 9])
-@pytest.mark.parametrize("batch_size", [1, 3, 8, 16])
-def test_the_first_samples_are_the_same_for_any_number_of_processes(batch_size, world_size):
-    """If a sampler deals them in turn, as Lightning's does."""
-    found = []
-    counts = [[min(8, math.ceil((40 - rank) / world_size))] for rank in range(world_size)]
-    for rank in range(world_size):
-        batches = torch.arange(40)[rank::world_size].split(batch_size)
-        processes = SimpleNamespace(rank=rank, world_size=world_size, fail_together=nullcontext)
-        processes.all_gather = lambda _: counts
-        data = Samples(mlp(), batches, lambda batch: batch, None, processes, "test")
-        found += [
-            number for sample in data.first_samples(8) for number in sample.predict().tolist()
-        ]
-    assert sorted(found) == list(range(8))

@@ -9,7 +9,6 @@ from lightning_utilities.core import rank_zero
 from support.callbacks import (
     Manual,
     Net,
-    OfZoo,
     SaveAt,
     Steps,
     TwoOptimizers,
@@ -19,11 +18,9 @@ from support.callbacks import (
     same,
     share_of_zeros,
     trainer,
-    validate_module,
     wanda,
 )
 from support.refusals import refuses
-from support.zoo import batches_of
 
 from wanda_lightning import (
     BestAfterPruning,
@@ -48,12 +45,8 @@ from wanda_lightning import (
         ),
         ({"num_samples": 0}, "num_samples must be a whole number of at least 1, but it is 0"),
         (
-            {"report_page": "report.pdf"},
-            r"report_page must end with \.html or \.png, but it is 'report\.pdf'",
-        ),
-        (
             {"method": "best"},
-            r"method must be 'wanda' for WandaPrune, .* Use PruningCallback\(0\.5, method='best'\)\.$",
+            r"WandaPrune prunes by Wanda, but another method was chosen\. Use PruningCallback\.$",
         ),
         (
             {"calibrate_on": "test"},
@@ -74,9 +67,7 @@ def test_options_that_contradict_each_other_are_refused_at_once(options, message
     ("options", "reason"),
     [
         ({"dataloader": []}, "dataloader has other batches"),
-        ({"pattern": "experts"}, "pattern='experts' needs a pass of its own"),
         ({"sequential": "block"}, "sequential='block' runs pruned layers"),
-        ({"pattern": "structured"}, "pattern='structured' runs each block with and"),
         ({"allocation": "fisher"}, "allocation='fisher' needs backward passes"),
         ({"recovery": "reconstruct"}, "recovery='reconstruct' trains on the batches"),
     ],
@@ -246,23 +237,3 @@ def test_a_trainer_of_the_other_package_is_refused_before_anything_runs(callback
     run = pl.Trainer(callbacks=[callback], accelerator="cpu", logger=False, max_epochs=1)
     with refuses("Write `import lightning.pytorch as pl`"):
         run.fit(Theirs(), loader())
-
-
-def test_experts_are_dropped_before_an_evaluation_but_not_in_training():
-    """They leave the model, so its optimizer must not hold it yet."""
-    module = OfZoo("mixtral")
-    callback = WandaPrune(0.5, pattern="experts", num_samples=4)
-    data = torch.utils.data.DataLoader(batches_of("mixtral"), batch_size=None)
-    with pytest.raises(
-        MisconfigurationException, match=r"pattern='experts' replaces parameters .* before training"
-    ):
-        fit_module(module, callback, data=data, max_epochs=1)
-    assert same(module, OfZoo("mixtral"))
-    validate_module(OfZoo("mixtral"), callback, data=data)  # another model
-    for _ in range(2):  # not a second time
-        validate_module(module, callback, data=data)
-        gates = [layer.mlp.gate.weight for layer in module.pruning_target.model.layers]
-        assert list(map(len, gates)) == [2, 2]
-    before = gates[0].clone()
-    fit_module(module, callback, data=data, max_epochs=1)
-    assert not torch.equal(gates[0], before)

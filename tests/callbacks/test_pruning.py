@@ -1,7 +1,6 @@
 """PruningCallback in the loops of Lightning, against `prune` and training loops by hand."""
 
 import csv
-import itertools
 import os
 import pickle
 import signal
@@ -300,30 +299,6 @@ class TestShouldPrune:
             fit_module(module, Asked(100), max_steps=3)
         fit_module(dense, max_steps=3)
         assert same(module, dense)
-
-
-@pytest.mark.parametrize("optimizer", [SGD, ADAMW])
-def test_hidden_units_are_pruned_in_stages_and_stay_zero(optimizer):
-    module = Net(optimizer)
-    notes = Notes()
-    callback = WandaPrune(
-        0.5, pattern="structured", num_samples=24, schedule=CubicSchedule(0, 8, every=2)
-    )
-    fit_module(module, callback, notes, count=24, max_steps=12)
-    # The hidden units that the next layer does not read, for both layers that have any.
-    at = [
-        [(weights[f"layers.{place}.weight"] == 0).all(dim=0) for place in (2, 4)]
-        for weights in notes.at.values()
-    ]
-    numbers = [int(inner.sum()) for inner, _ in at]
-    assert numbers[-1] == 32
-    assert len(set(numbers)) > 2  # 64 * 0.5 * (1 - 0.75^3, ...) to multiples of 8
-    assert all(number % 8 == 0 for number in numbers)
-    for before, after in itertools.pairwise(at):
-        assert not any((first & ~second).any() for first, second in zip(before, after, strict=True))
-    for place, found in zip((0, 2), at[-1], strict=True):
-        assert not module.layers[place].weight[found].any()
-    assert any(note.startswith("64 of 128 hidden units are zero") for note in callback.report.notes)
 
 
 class Interrupting(Net):

@@ -25,7 +25,6 @@ from support.callbacks import (
 from support.layers import assert_same
 from support.modules import VIT, tiny_llama, windows_of_text
 from torch import nn
-from torch.testing import assert_close
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
@@ -98,9 +97,7 @@ def test_a_folder_that_is_filled_while_the_model_trains_costs_no_model(tmp_path,
 def test_fast_dev_run_writes_nothing(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("good")
-    pruning = PruningCallback(
-        report_dir=tmp_path / "report", report_page=tmp_path / "page.html", method="magnitude"
-    )
+    pruning = PruningCallback(report_dir=tmp_path / "report", method="magnitude")
     saving = SavePretrained(tmp_path / "out", overwrite=True)
     fit_module(
         CausalLMModule(tiny_llama()),
@@ -133,20 +130,14 @@ def generating():
             r"timm has `.*LayerNorm\(\(32,.*` where this model has `.*LayerNorm\(\(8,",
         ),
         (generating, "`temperature`"),
-        (Net, r"save_pretrained\(folder, overwrite, shrink=True\), but Net has no such method"),
-        (
-            Saving,
-            r"save_pretrained\(folder, overwrite, shrink=True\), but Saving has no such method",
-        ),
+        (Net, r"save_pretrained\(folder, overwrite\), but Net has no such method"),
     ],
 )
 def test_a_model_that_cannot_be_written_is_refused_before_training(tmp_path, make, message):
     module = make()
     module.training_step = lambda batch, batch_idx: pytest.fail("training has begun")
     with pytest.raises((ValueError, TypeError, MisconfigurationException), match=message):
-        fit_module(
-            module, SavePretrained(tmp_path / "out", shrink=isinstance(module, Net)), max_steps=1
-        )
+        fit_module(module, SavePretrained(tmp_path / "out"), max_steps=1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -211,34 +202,6 @@ def test_the_card_counts_the_zeros_of_the_saved_model(tmp_path, keep_zeros):
     saved = load_file(tmp_path / "out/model.safetensors").values()
     share = sum(int((tensor == 0).sum()) for tensor in saved) / sum(map(torch.numel, saved))
     assert f"which is {share:.2%} of all" in (tmp_path / "out/README.md").read_text()
-
-
-def windows():
-    return DataLoader(windows_of_text(), batch_size=2)
-
-
-def test_leaves_out_hidden_units_that_are_zero(tmp_path):
-    module = CausalLMModule(tiny_llama(), lr=0.01)
-    pruning = WandaPrune(0.5, pattern="structured", num_samples=4)
-    fit_module(
-        module, pruning, SavePretrained(tmp_path / "out", shrink=True), data=windows(), max_steps=2
-    )
-    small = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    ids = windows_of_text()
-    width = module.model.config.intermediate_size
-    assert small.config.intermediate_size == width // 2
-    # The one in memory keeps its zeros.
-    assert module.model.model.layers[0].mlp.up_proj.out_features == width
-    assert_close(small(ids).logits, module.model.eval()(ids).logits, rtol=1e-4, atol=1e-5)
-    assert "not in the saved model" in (tmp_path / "out" / "README.md").read_text()
-
-
-def test_zeros_that_cannot_be_left_out_are_saved(tmp_path):
-    module = CausalLMModule(tiny_llama(), lr=0.01)
-    saving = SavePretrained(tmp_path, shrink=True)
-    with pytest.warns(UserWarning, match=r"saved with its zeros\. shrink must remove something"):
-        fit_module(module, PruningCallback(method="magnitude"), saving, data=windows(), max_steps=1)
-    assert same(AutoModelForCausalLM.from_pretrained(tmp_path), module.model)
 
 
 class Worsening(Net):

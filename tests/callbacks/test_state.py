@@ -63,11 +63,10 @@ class TestCheckpoints:
         assert optimizer_state.keys() == {"state", "param_groups"}
 
     def test_the_state_of_the_callback_counts_the_zeros_right_after_pruning(self, gradual):
-        """With the names of older versions."""
         saved = gradual.saved[2]
         assert gradual.callback.state_key == "Counted{'skip': []}"
         own = saved["callbacks"]["Counted{'skip': []}"]
-        assert (own["asked_at"], own["due"]) == (2, False)
+        assert (own["last_asked_step"], own["awaits_validation"]) == (2, False)
         assert own["zeros"] == {
             name: int((saved["state_dict"][f"{name}.weight"] == 0).sum()) for name in LAYERS
         }

@@ -224,7 +224,7 @@ def test_all_is_saved_before_the_tasks(prune_and_ask, monkeypatch):
     def answer(*_):
         return os.stat("gone") if next(fails) else ({}, {})
 
-    monkeypatch.setattr("wanda_lightning.cli.prune_command.answer", answer)
+    monkeypatch.setattr("wanda_lightning.cli.run_job.answer", answer)
     assert run(*prune_and_ask) == 2
     assert read_json("log/pruning_report.json")["run"]["after"] > 1
     assert sparsity_of(AutoModelForCausalLM.from_pretrained("model"))["layers"] == 0.5

@@ -71,7 +71,8 @@ def test_validate_a_recipe_with_a_criterion_of_a_file_beside_it(
     shutil.copy(inspect.getsourcefile(Power), "my_method.py")
     monkeypatch.syspath_prepend(tmp_path)
     criterion = "criterion: {class_path: my_method.Power, init_args: {power: 0.3}}"
-    recipe.write_text(recipe.read_text().replace("pattern: 2:4", f"pattern: 2:4, {criterion}"))
+    text = recipe.read_text().replace("WandaPrune", "PruningCallback")
+    recipe.write_text(text.replace("pattern: 2:4", f"pattern: 2:4, {criterion}"))
     assert run("validate", "--config", recipe) == 0
     assert "val_perplexity" in capsys.readouterr().out
     report = PruningReport.load("out")

@@ -1,6 +1,7 @@
 """The command as a whole: help, exit statuses, interruption, errors and what is loaded when."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from support import forks
 from support.cli import IGNORED_WARNINGS, OUT, everything_in, run
 
-from wanda_lightning.cli import explain
+from wanda_lightning.cli import explain, parse_options
 from wanda_lightning.common.errors import UserError
 
 pytestmark = IGNORED_WARNINGS
@@ -55,6 +56,22 @@ def test_the_package_help_and_refusals_load_no_library(tmp_path):
     assert "Fraction of the pruned layers' weights that become" in " ".join(
         done.stdout.replace("│", "").split()
     )
+
+
+@pytest.mark.parametrize("command", ["prune", "shrink"])
+def test_help_lists_what_most_runs_need_and_help_all_the_rest(command):
+    # In processes of their own, since the arguments are read at import.
+    options = []
+    for flag in ("--help", "--help_all"):
+        program = [sys.executable, "-m", "wanda_lightning", command, flag]
+        shown = subprocess.run(program, capture_output=True, text=True, check=True).stdout
+        assert "COMMAND --help_all also lists" in shown
+        # An option may have several names, of which the first begins its line.
+        options.append(set(re.findall(r"^│ (?:   |\*  MODEL )?--(\w+)", shown, re.MULTILINE)))
+    usual, every = options
+    assert {"model", "calibration", "save_model", "config"} < usual < every
+    assert len(usual) <= 25
+    assert every == parse_options(command, ["x"]).keys() | {"config", "print_config", "debug"}
 
 
 def test_waiting_threads_leave_the_cores_to_others_and_bars_stay_out_of_files(monkeypatch):

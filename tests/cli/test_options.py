@@ -17,6 +17,7 @@ from wanda_lightning.common.dtypes import DTYPE_NAMES
 from wanda_lightning.common.model_source import ModelSource
 
 COMMANDS = ["prune", "evaluate", "inspect", "shrink"]
+GROUPS = ["Model", "Pruning", "Shrinking", "Data", "Results", "Session"]
 X = ["--model", "x"]
 
 
@@ -81,7 +82,8 @@ def test_several_models_may_stand_first():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_what_is_printed_reads_back(capsys, command):
-    more = ["--pattern", "2:4", "--skip", "re:x{1,3}"] if command == "prune" else []
+    more = {"prune": ["--pattern", "2:4", "--skip", "re:x{1,3}"], "shrink": ["--no_refit"]}
+    more = more.get(command, [])
     assert run(command, *X, *more, "--print_config") == 0
     printed = capsys.readouterr().out
     assert yaml.safe_load(printed)["dtype"] == "auto"
@@ -150,9 +152,10 @@ prune --calibration python-docs,gone.jsonl -> text must be an existing file, but
 prune --calibration '' -> --calibration: text must be one of c4, wikitext2
 prune --packing rows -> Invalid value "rows" for --packing. Choose from
 prune --stream --eval_zero_shot --save_model x -> --eval_zero_shot must be left out for --stream
-prune --device cuda -> --device must be left out for pruning without --stream
-prune --shrink --stream -> --shrink, --stream must be left out for a command without --save_model
-prune --shrink --pattern 2:4 --save_model x -> --shrink must be left out for --pattern 2:4
+prune --device cuda -> --device must be left out for a run without --stream
+prune --stream -> --stream must be left out for a command without --save_model
+prune --pattern structured:16 -> Use shrink(model, batches, units=0.5), `wanda-lightning shrink --units 0.5` or
+inspect --pattern experts_reap -> Use shrink(model, batches, experts=0.5), `wanda-lightning shrink --experts 0.5` or
 prune --report report.pdf -> report must end with .html or .png, but it is 'report.pdf'.
 evaluate --data digits --checkpoint a,b -> --checkpoint must have one file for each --model, but it has 2.
 evaluate --model gpt2,timm:resnet18 -> --model must name language models, or image classifiers.
@@ -160,6 +163,11 @@ evaluate --task_limit 3 -> --task_limit must be left out for
 evaluate --evaluation c4,gone.txt -> --evaluation: text must be an existing file
 inspect --seed 1 -> Unknown option: --seed.
 shrink --overwrite -> --overwrite must be left out for a command that writes nothing
+shrink --seqlen 8 --seed 1 --save x -> --seed, --seqlen, --save must be left out for shrink without --units, --experts
+shrink --model timm:test_vit --data digits -> --data must be left out for shrink without --units, --experts and
+shrink --skip lm_head -> skip=('lm_head',) would be ignored without units. Give units=0.5, for example, or leave
+shrink --units 0.5 --reap -> reap=True would be ignored without experts.
+shrink --experts 0.5 --no_refit -> refit=False would be ignored without units.
 """
 
 
@@ -215,15 +223,15 @@ def test_every_argument_of_the_config_is_an_option_that_reaches_it(name):
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [
-        ("", "wanda"),
-        ("--pattern experts", "summed_reap"),
-        ("--pattern experts_reap", "reap"),
-        ("--pattern structured", "refit"),
-        ("--method fast --allocation owl --recovery distill", "fast_owl_distill"),
+        ("prune", "wanda"),
+        ("prune --method fast --allocation owl --recovery distill", "fast_owl_distill"),
+        ("shrink --units 0.5 --experts 0.25", "units_experts"),
+        ("shrink --max_size 60GB", "experts"),
     ],
 )
 def test_results_are_labeled_with_what_was_chosen(arguments, name):
-    assert groups_of("prune", *arguments.split())["pruning"].name == name
+    _, choices, *_ = groups_of(*arguments.split()).values()
+    assert choices.name == name
 
 
 def test_the_types_of_weights_are_those_that_can_be_loaded():
@@ -234,7 +242,8 @@ def test_the_types_of_weights_are_those_that_can_be_loaded():
 def test_every_option_is_described_in_a_group(command):
     for option in app[command].assemble_argument_collection(parse_docstring=True):
         if option.children:
-            assert [group.name for group in option.parameter.group] <= ["Session"]
+            (group,) = option.parameter.group
+            assert group.name in GROUPS
         else:
             assert option.parameter.help.endswith("."), option.name
             assert "`" not in option.parameter.help

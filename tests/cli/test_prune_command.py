@@ -31,7 +31,6 @@ from support.cli import (
     zeros_by_layer,
 )
 from support.layers import assert_same
-from support.quantized import fp8
 from support.reports import Page
 from transformers import AutoModelForCausalLM
 
@@ -228,8 +227,6 @@ REFUSED = f"""
 --pattern 3:6 -> pattern=NM(n=3, m=6) fits none of
 --stream --model INPUTS/gone.gguf -> gone.gguf does not exist
 --stream --method thorough -> needs the whole model in memory
---stream --pattern experts -> needs a mixture of experts, but no module
---stream --pattern experts --max_size 1MB -> max_size needs a mixture of experts, but the model has none
 --packing none -> packing='none' needs chats, but
 --calibration self -> tokenizer must have a token that begins or ends a text
 --save mine -> mine exists and is not empty
@@ -237,14 +234,13 @@ REFUSED = f"""
 --save_model mine --overwrite -> must be empty or a model
 --report mine/a.html -> mine/a.html exists and is not empty. Choose another
 --report c.html -> Reports with figures need matplotlib: pip install
---max_size 1MB -> --max_size chooses a number of experts, but pattern=
 """
 
 
 @pytest.mark.parametrize("case", REFUSED.strip().splitlines())
 def test_refused_for_a_language_model(inputs, text, refused, monkeypatch, case):
     for name in ("measure", "measured_from_disk"):
-        monkeypatch.setattr(f"wanda_lightning.cli.prune_command.{name}", None)
+        monkeypatch.setattr(f"wanda_lightning.cli.run_job.{name}", None)
     if "matplotlib" in case:  # as if it were not installed
         monkeypatch.setitem(sys.modules, "matplotlib", None)
     Path("mine").mkdir()
@@ -293,32 +289,6 @@ def test_a_streamed_run_measures_what_one_in_memory_does(streamed_options, input
         assert result.after_error == pytest.approx(by_memory.after_error, rel=1e-4)
         assert result.agreement == pytest.approx(by_memory.agreement, rel=1e-3)
     assert results[0].after != results[1].after
-
-
-@pytest.fixture
-def mixture(inputs, tmp_path):
-    """A mixture in FP8, with the tokenizer of the other models."""
-    folder = tmp_path / "mixture"
-    fp8(folder, vocab_size=len(transformers.AutoTokenizer.from_pretrained(inputs / "llama")))
-    for file in (inputs / "llama").glob("*token*"):
-        shutil.copy(file, folder)
-    return folder
-
-
-@pytest.mark.filterwarnings("ignore:The model .* is quantized")
-@pytest.mark.parametrize("stream", [True, False])
-def test_experts_that_fit_into_a_size(mixture, text, capsys, stream):
-    weights = sum(file.stat().st_size for file in mixture.glob("*.safetensors"))
-    options = [*text, *OUT, "--model", mixture, "--pattern", "experts"]
-    size = f"{weights * (0.8 if stream else 1.1) / 1e6:.4f}MB"
-    if stream:
-        options.append("--stream")
-    assert run(*options, "--max_size", size) == 0
-    printed = capsys.readouterr().out
-    number = re.search(r"max_size=.* GB keeps (\d) of 8 experts in each layer: about", printed)
-    config = transformers.AutoConfig.from_pretrained("out/model")
-    assert config.num_experts == int(number[1]) < 8
-    assert hasattr(config, "quantization_config") == stream
 
 
 @pytest.fixture
@@ -375,7 +345,7 @@ def test_a_streamed_run_that_was_interrupted_goes_on_only_with_the_same_packing(
         return measured_from_disk(*arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr("wanda_lightning.cli.prune_command.measured_from_disk", interrupt)
+        patched.setattr("wanda_lightning.cli.run_job.measured_from_disk", interrupt)
         assert run(*command) == 130
     assert not Path("out/pruning_report.json").exists()
     assert run(*command, "--packing", "none") == 2

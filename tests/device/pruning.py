@@ -1,4 +1,4 @@
-"""`prune` on another device: masks and weights are those of the CPU, to the bit.
+"""`prune` and `shrink` on another device: masks and weights are those of the CPU, to the bit.
 
 `tests/test_device.py` runs this file in a process of its own. The device (`support.remote`) runs the CPU's kernels in
 the caller's thread, and has no allocator for storages. So these tests cannot cover pinned memory, streams and events,
@@ -10,11 +10,11 @@ import pytest
 import torch
 from support.disk import CHOICES, batches, same as same_weights, save_llama, weights
 from support.layers import rng
-from support.quiet import prune
+from support.quiet import prune, shrink, shrinks
 from support.remote import DEVICES, assert_equal, on
 from support.zoo import ZOO, batches_of, model_of
 
-from wanda_lightning import NM, prune_from_disk, shrink
+from wanda_lightning import NM, prune_from_disk
 from wanda_lightning.common.evaluation_mode import seeded
 from wanda_lightning.core import Unstructured
 from wanda_lightning.methods import METHODS, PRESETS, SEQUENTIAL_CHOICES
@@ -26,14 +26,15 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture
 def on_both(no_float64):
-    """Prune the same model on the CPU and on the device."""
+    """Prune or shrink the same model on the CPU and on the device."""
 
     def pruned(specimen, **choices):
+        change = shrink if shrinks(choices) else prune
         models = []
         reports = []
         for device in DEVICES:
             models.append(model_of(specimen).to(device))
-            reports.append(prune(models[-1], batches_of(specimen), **choices))
+            reports.append(change(models[-1], batches_of(specimen), **choices))
         assert_equal(*models)
         assert (reports[0].layers, reports[0].notes) == (reports[1].layers, reports[1].notes)
         return models[1], " ".join(reports[1].notes)
@@ -74,7 +75,6 @@ def test_padding(on_both, specimen, sequential):
     "choices",
     [
         {"allocation": "owl"},
-        {"allocation": "owl_layer"},
         {"pattern": "equal_share"},
         {"method": "sparsegpt", "pattern": "4:8"},
     ],
@@ -90,7 +90,7 @@ def test_batch_norm_is_corrected(on_both):
 
 
 def test_experts_leave(on_both):
-    model, _ = on_both("qwen3_moe", pattern="experts")
+    model, _ = on_both("qwen3_moe", experts=0.5)
     assert model.config.num_experts == 2
 
 
@@ -103,14 +103,9 @@ def test_masks_of_a_large_matrix(pattern):
     assert torch.equal(pattern(scores.to("remote"), 0.5).cpu(), pattern(scores, 0.5))
 
 
-@pytest.mark.usefixtures("no_float64")
-def test_structured():
-    models = [model_of("llama").to(device) for device in DEVICES]
-    for model in models:
-        prune(model, batches_of("llama"), method="best", pattern="structured")
-        shrink(model)
-    assert_equal(*models)
-    assert models[1].model.layers[0].mlp.up_proj.weight.shape[0] < 64
+def test_units_leave(on_both):
+    model, _ = on_both("llama", units=0.5, by="loss")
+    assert model.model.layers[0].mlp.up_proj.weight.shape[0] < 64
 
 
 @pytest.mark.parametrize("method", ["wanda", "refit"])
@@ -149,9 +144,9 @@ def spread(model):
 
 CASES = {
     "wanda": {"method": "wanda"},
-    "owl": {"method": "balanced", "allocation": "owl_layer"},
+    "owl": {"method": "balanced", "allocation": "owl"},
     "best": {"method": "best", "pattern": "2:4"},
-    "structured": {"pattern": "structured"},
+    "units": {"units": 0.5},
 }
 
 
@@ -159,7 +154,7 @@ CASES = {
 def test_a_model_on_two_devices(choices):
     models = model_of("llama"), spread(model_of("llama"))
     for model in models:
-        prune(model, batches_of("llama"), **choices)
+        (shrink if shrinks(choices) else prune)(model, batches_of("llama"), **choices)
     assert_equal(*models)
     assert len({parameter.device for parameter in models[1].parameters()}) == 2
 

@@ -12,8 +12,8 @@ import torch
 from support.disk import same, stream, weights
 from support.experts import NUMBERS, build, cannot_be_chosen, slow_saliency, starved
 from support.pairwise import with_nightly
-from support.quiet import prune
-from support.refusals import Untouched, refusal, refuses
+from support.quiet import shrink
+from support.refusals import Untouched, refusal
 from support.zoo import ZOO, family, names, number_of_weights, run_all, seeded
 from torch.testing import assert_close
 
@@ -45,8 +45,8 @@ CASES = [(0.25, "auto"), (0.5, "auto"), (0.25, "block")]
         ("deepseek_v3", {"n_shared_experts": 3}),
     ],
 )
-@pytest.mark.parametrize("pattern", ["experts", "experts_reap"])
-def test_saliency_equals_a_plain_loop(name, choices, pattern, monkeypatch):
+@pytest.mark.parametrize("reap", [False, True])
+def test_saliency_equals_a_plain_loop(name, choices, reap, monkeypatch):
     """Gates may be renormalized, and the router may have groups and biases; shared experts do not count."""
     model = build(name, **choices)
     expected = slow_saliency(name, model, BATCHES())
@@ -58,10 +58,10 @@ def test_saliency_equals_a_plain_loop(name, choices, pattern, monkeypatch):
         return measured[mixture.name]
 
     monkeypatch.setattr(ExpertSaliency, "of", spied)
-    prune(model, BATCHES(), 0.25, pattern=pattern)
+    shrink(model, BATCHES(), experts=0.25, reap=reap)
     for block, means in expected.items():
         slow, tokens = torch.tensor([means.get(index, (0.0, 0)) for index in range(8)]).T
-        if pattern == "experts":
+        if not reap:
             slow = slow * tokens / tokens.sum()
         assert_close(measured[block], slow.double(), rtol=1e-4, atol=1e-6)
 
@@ -81,7 +81,7 @@ def test_the_model_equals_the_one_in_which_the_dropped_experts_cannot_be_chosen(
     batches = BATCHES()
     dense = deepcopy(model)
     saliency = slow_saliency(name, model, batches)
-    report = prune(model, batches, sparsity, pattern="experts", sequential=sequential)
+    report = shrink(model, batches, experts=sparsity, sequential=sequential)
     dropped = dropped_in(report)
     # The second block sees the smaller mixture of the first.
     if sequential == "block" and len(dropped) == 2:
@@ -120,7 +120,7 @@ def test_the_model_equals_the_one_in_which_the_dropped_experts_cannot_be_chosen(
 def test_everything_that_counts_experts_knows_the_new_number():
     model = build("mixtral")
     batches = BATCHES()
-    prune(model, batches, 0.25, pattern="experts")
+    shrink(model, batches, experts=0.25)
     assert {vars(module).get("num_experts") for module in model.modules()} - {None} == {6}
     ids = batches[0]["input_ids"]
     result = model.train()(ids, labels=ids, output_router_logits=True)
@@ -131,7 +131,7 @@ def test_everything_that_counts_experts_knows_the_new_number():
 
 def test_an_expert_without_tokens_goes_first_and_few_tokens_are_noted():
     model = starved()
-    report = prune(model, BATCHES(), 0.25, pattern="experts")
+    report = shrink(model, BATCHES(), experts=0.25)
     assert 2 in dropped_in(report)["model.layers.0.mlp"]
     tokens = {layer.name: layer.tokens for layer in report.layers}
     assert tokens["model.layers.0.mlp.experts.down_proj.2"] == 0
@@ -188,7 +188,7 @@ SKIPPED = r"skip or only leaves out model\.layers\.0\.mlp\.experts\."
 EMPTY = [{"input_ids": torch.tensor([[1]]), "attention_mask": torch.tensor([[0]])}]
 OTHER = r"model\.layers\.1\.mlp \(Fallback\) computes something else"
 BEFORE_A_BATCH_IS_READ = [
-    (LLAMA, {}, "pattern='experts' needs a mixture of experts, but no module"),
+    (LLAMA, {}, "experts=0.25 needs a mixture of experts, but no module"),
     (
         family("causal", "jetmoe").build,
         {},
@@ -210,22 +210,26 @@ BEFORE_A_BATCH_IS_READ = [
         {},
         r"needs as many experts in model\.layers\.0\.mlp as in \S+1\.mlp, in",
     ),
-    (MIXTRAL, {"sparsity": 0.05}, r"drops none of the 8 experts .* Choose at least 0\.125"),
-    (MIXTRAL, {"sparsity": 0.97}, r"drops all of the 8 experts .* at most 0\.875"),
-    (DEEPSEEK, {"sparsity": 0.1}, "drops none of the 4 experts in each of the 2 groups"),
+    (
+        MIXTRAL,
+        {"experts": 0.05},
+        r"experts=0\.05 drops none of the 8 experts\. Choose at least 0\.125",
+    ),
+    (MIXTRAL, {"experts": 0.97}, r"drops all of the 8 experts.* at most 0\.875"),
+    (DEEPSEEK, {"experts": 0.1}, "drops none of the 4 experts in each of the 2 groups"),
     *(
-        (partial(build, name), {"sparsity": 0.875}, r"leaves 1 of 8 .* to 2\. Choose at most 0\.75")
+        (partial(build, name), {"experts": 0.875}, r"leaves 1 of 8 .* to 2\. Choose at most 0\.75")
         for name in NUMBERS
         if name != "deepseek_v3"
     ),
     (
         DEEPSEEK,
-        {"sparsity": 0.75},
+        {"experts": 0.75},
         r"leaves 2 of 8 .* a token 1 in the groups that are chosen for it, 1 of 2,",
     ),
     (
         partial(DEEPSEEK, num_experts_per_tok=3),
-        {"sparsity": 0.5},
+        {"experts": 0.5},
         r"leaves 4 of 8 .* a token 2 in the groups .* 1 of 2, .* to 3\. Choose at most 0\.25",
     ),
     (MIXTRAL, {"skip": "*.0.mlp.experts.*"}, SKIPPED),
@@ -250,39 +254,26 @@ BEFORE_AN_EXPERT_LEAVES = [
             for make, choices, message in BEFORE_A_BATCH_IS_READ
         ),
         *(
-            (make, BATCHES(), {"sparsity": sparsity}, message)
+            (make, BATCHES(), {"experts": sparsity}, message)
             for make, sparsity, message in BEFORE_AN_EXPERT_LEAVES
         ),
         (MIXTRAL, EMPTY, {}, r"the experts of model\.layers\.0\.mlp get no token except padding"),
     ],
 )
 def test_what_cannot_lose_experts_is_refused(make, batches, choices, message):
-    choices = {"sparsity": 0.25, "pattern": "experts", **choices}
-    assert re.search(message, refusal(make(), batches, **choices))
+    assert re.search(message, refusal(make(), batches, verb=shrink, **{"experts": 0.25, **choices}))
 
 
 def test_logits_that_tie_in_16_bits_refuse_no_mixture():
     """A token then goes to either of two experts: without tolerance, this model would be refused."""
-    report = prune(build("mixtral", experts=128).bfloat16(), BATCHES(), 0.25, pattern="experts")
+    report = shrink(build("mixtral", experts=128).bfloat16(), BATCHES(), experts=0.25)
     assert [len(each) for each in dropped_in(report).values()] == [32, 32]
 
 
-@pytest.mark.parametrize("sequential", ["none", "block"])
-def test_a_pass_leaves_no_trace_in_buffers(sequential, monkeypatch):
-    def count(module, args):
-        module.calls.add_(1)
-
-    model = MIXTRAL()
-    choices = {"pattern": "experts", "sequential": sequential}
-    mixture = model.model.layers[0].mlp
-    mixture.register_buffer("calls", torch.arange(8.0))
-    mixture.register_forward_pre_hook(count)
-    with monkeypatch.context() as undeclared, refuses("a token may need more"):
-        undeclared.setattr(Mixture, "declared", lambda *_: 0)
-        prune(model, BATCHES(), 0.875, **choices)
-    assert mixture.calls.tolist() == [*range(8)]
-    dropped = dropped_in(prune(model, BATCHES(), 0.25, **choices))["model.layers.0.mlp"]
-    assert mixture.calls.tolist() == [index for index in range(8) if index not in dropped]
+def test_a_configuration_may_not_say_how_many_experts_a_token_needs(monkeypatch):
+    monkeypatch.setattr(Mixture, "declared", lambda *_: 0)
+    message = refusal(MIXTRAL(), BATCHES(), verb=shrink, experts=0.875)
+    assert "a token may need more" in message
 
 
 # ---- all families of transformers
@@ -315,7 +306,7 @@ def test_families(tmp_path):
             model = seeded(partial(type(model), config))
         dense = deepcopy(model)
         try:
-            prune(model, batches, 0.25, pattern="experts")
+            shrink(model, batches, experts=0.25)
         except ValueError:
             refused.add(name)
             continue
@@ -324,7 +315,7 @@ def test_families(tmp_path):
             source = tmp_path / f"{name} dense"
             disk = tmp_path / f"{name} disk"
             dense.save_pretrained(source)
-            stream(source, disk, batches, 0.25, pattern="experts")
+            stream(source, disk, batches, experts=0.25)
             assert same(weights(disk), weights(tmp_path / name)), name
         loaded = type(model).from_pretrained(tmp_path / name).eval()
         assert_close(loaded(**batches[0])[0], model.eval()(**batches[0])[0])

@@ -4,7 +4,8 @@ import pytest
 from support.disk import batches, stream
 from support.experts import build
 from support.quantized import fp8
-from support.quiet import prune
+from support.quiet import shrink
+from transformers import AutoConfig
 
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
@@ -34,20 +35,19 @@ def test_a_model_as_large_as_possible(family):
     dense = build(family)
     sizes = sizes_of(dense)
     limit = int(sum(sizes.values()) * 0.9)
-    sparsity, _ = fitting_sparsity(dense, sizes, limit)
     groups = getattr(dense.config, "n_group", None) or 1
 
     fits = build(family)
-    prune(fits, batches(), sparsity, pattern="experts")
+    report = shrink(fits, batches(), max_size=f"{limit}B")
     assert sum(sizes_of(fits).values()) <= limit
     larger = build(family)
-    fewer = sparsity - groups / 8
+    fewer = report.config["sparsity"] - groups / 8
     if fewer:
-        prune(larger, batches(), fewer, pattern="experts")
+        shrink(larger, batches(), experts=fewer)
     assert sum(sizes_of(larger).values()) > limit
 
 
-def test_the_sizes_of_files(tmp_path):
+def test_the_sizes_of_files(tmp_path, caplog):
     """The size is that of the quantized weights that are written."""
     fp8(tmp_path / "source")
     checkpoint = Checkpoint(ModelSource(tmp_path / "source"))
@@ -57,12 +57,12 @@ def test_the_sizes_of_files(tmp_path):
     assert weights - headers < sum(sizes.values()) < weights
 
     limit = int(sum(sizes.values()) * 0.8)
-    sparsity, sentence = fitting_sparsity(checkpoint.model, sizes, limit)
-    stream(tmp_path / "source", tmp_path / "out", batches(), sparsity, pattern="experts")
+    with caplog.at_level("INFO"):
+        stream(tmp_path / "source", tmp_path / "out", batches(), max_size=f"{limit}B")
     written = Checkpoint(ModelSource(tmp_path / "out")).sizes()
     assert sum(written.values()) <= limit
-    kept = round(8 * (1 - sparsity))
-    assert f"keeps {kept} of 8 experts in each layer: about " in sentence
+    kept = AutoConfig.from_pretrained(tmp_path / "out").num_experts
+    assert f"keeps {kept} of 8 experts in each layer: about " in caplog.text
     each = (sum(sizes.values()) - sum(written.values())) / (8 - kept)
     assert sum(written.values()) + each > limit
 

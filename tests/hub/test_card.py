@@ -6,15 +6,13 @@ from functools import cache
 
 import pytest
 import timm
-import yaml
-from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, parse_eval_result_entries
+from huggingface_hub import EvalResult, ModelCard
 from support.callbacks import same
 from support.modules import tiny_llama, tiny_tokenizer
 from support.quiet import prune
 
 from wanda_lightning import CausalLMModule
-from wanda_lightning.evaluation.tasks import PAPER_TASKS, _paper_tasks
-from wanda_lightning.hub.card import _DATA_SETS, PICTURE_NAME, write_card
+from wanda_lightning.hub.card import PICTURE_NAME, write_card
 from wanda_lightning.report import Circumstances, Continuations, Measured
 
 RUN = Circumstances(
@@ -194,42 +192,3 @@ def test_another_base_is_not_named(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "work/secret").mkdir(parents=True)
     assert card_of(tmp_path / "tiny", replace(RUN, model=name)).data.base_model is None
-
-
-def results_for_hub(folder):
-    """The results in the hub's own format, as huggingface_hub reads them."""
-    texts = [path.read_text() for path in sorted(folder.glob(".eval_results/*.yaml"))]
-    return parse_eval_result_entries(yaml.safe_load("".join(texts)) or [])
-
-
-def test_results_on_data_sets_of_the_hub_are_in_its_format(tiny):
-    boolq = ("aps/super_glue", "boolq", 0.625)
-    wikitext = ("Salesforce/wikitext", "wikitext-2-raw-v1", 16.25)
-    windows = "perplexity, 83 windows of 2,048 tokens"
-    assert results_for_hub(tiny) == [
-        EvalResultEntry(*boolq, date=RUN.date, notes="accuracy, zero-shot"),
-        EvalResultEntry(*wikitext, date=RUN.date, notes=windows),
-    ]
-
-
-def test_a_result_names_any_data_set_of_the_hub(tmp_path):
-    run = replace(RUN, data="us/news, 3 windows", date="", zero_shot={})
-    write_card(tmp_path, replace(pruned_llama()[1], run=run))
-    result = EvalResultEntry("us/news", "default", 16.25, notes="perplexity, 3 windows")
-    assert results_for_hub(tmp_path) == [result]
-
-
-@pytest.mark.parametrize("data", ["python-docs", "mine/own.txt", "c4 of top-1"])
-def test_other_data_have_results_in_the_card_only(tmp_path, data):
-    data, _, metric = data.partition(" of ")
-    run = replace(RUN, metric=metric or RUN.metric, data=data)
-    report = replace(pruned_llama()[1], run=run, config={"command": {"tasks_dir": not metric}})
-    write_card(tmp_path, report)
-    assert len(ModelCard.load(tmp_path / "README.md").data.eval_results) == 2
-    assert results_for_hub(tmp_path) == []
-
-
-@pytest.mark.parametrize("task", PAPER_TASKS)
-def test_the_data_set_of_a_task_is_the_one_that_lm_eval_loads(task):
-    loaded = _paper_tasks().task_index[task].cfg
-    assert _DATA_SETS[task] == (loaded["dataset_path"], loaded["dataset_name"] or "default")

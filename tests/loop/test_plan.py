@@ -11,7 +11,7 @@ import yaml
 from support.chains import Chain, Mlp, vectors
 from support.layers import assert_same
 from support.pairwise import spread
-from support.quiet import prune
+from support.quiet import prune, shrinks
 from support.refusals import Untouched, refusal
 from support.zoo import ZOO, batches_of, model_of, seeded
 from torch import nn
@@ -21,6 +21,7 @@ from wanda_lightning.core import Unstructured
 from wanda_lightning.loop.plan import make_plan
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import find_layers
+from wanda_lightning.shrink_config import ShrinkConfig
 
 EVERY_GRANULARITY = pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
 LLAMA = ZOO["llama"].build
@@ -43,11 +44,11 @@ RESOLVED = """
 - [llama, {method: thorough, pattern: '2:4'}, recovery, without blocks]
 - [vit convnext, {method: thorough, pattern: unstructured}, recovery, with blocks]
 - [vit convnext, {method: thorough, pattern: '2:4'}, recovery, with blocks]
-- [vit convnext llama, {method: thorough, pattern: structured}, recovery, without blocks]
+- [vit convnext llama, {units: 0.5, recovery: distill}, recovery, without blocks]
 - [vit convnext llama, {method: thorough, sequential: layer}, recovery, without blocks]
-- [llama, {pattern: structured}, sequential, layer]
+- [llama, {units: 0.5}, sequential, layer]
 - [vit convnext, {}, sequential, none]
-- [vit convnext, {pattern: structured}, sequential, none]
+- [vit convnext, {units: 0.5}, sequential, none]
 - [vit convnext llama, {method: fast, sequential: block}, sequential, block]
 - [vit convnext llama, {method: fast, sequential: layer}, sequential, layer]
 - [vit convnext llama, {method: fast, sequential: none}, sequential, none]
@@ -55,7 +56,8 @@ RESOLVED = """
 - [llama, {method: fast, sequential: auto}, sequential, block]
 - [vit convnext, {recovery: reconstruct}, sequential, none]
 - [llama, {method: best, recovery: reconstruct}, sequential, block]
-- [llama, {pattern: structured, recovery: reconstruct}, sequential, block]
+- [llama, {units: 0.5, recovery: reconstruct}, sequential, block]
+- [mixtral, {experts: 0.5}, sequential, none]
 """
 
 
@@ -63,7 +65,10 @@ RESOLVED = """
 def test_choices_that_depend_on_the_model(names, choices, option, expected):
     """Rows are weighed except in image models, whose blocks Distill also trains, and which are pruned in one pass."""
     chosen = {name: NAMED.get(choice, choice) for name, choice in choices.items()}
-    config = PruningConfig(**chosen)
+    if shrinks(chosen):
+        (config,) = ShrinkConfig(**chosen).parts
+    else:
+        config = PruningConfig(**chosen)
     for name in names.split():
         plan = make_plan(config, model_of(name))
         assert getattr(plan.config, option) == NAMED.get(expected, expected)
@@ -74,7 +79,7 @@ def test_choices_that_depend_on_the_model(names, choices, option, expected):
 
 
 MODELS = ["llama", "gpt2", "t5", "vit", "convnext", "resnet18", "unreached"]
-SPREADING = {"owl": OWL(m=2.0), "owl_layer": OWL(m=2.0, per="layer"), "fisher": Fisher()}
+SPREADING = {"owl": OWL(m=2.0), "fisher": Fisher()}
 
 
 @pytest.mark.parametrize(("model_name", "name"), spread(MODELS, SPREADING))

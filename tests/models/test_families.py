@@ -99,9 +99,9 @@ SHRUNK_AT_NIGHT = {
     ("causal", "gemma3n_text"): OWN_FILE,
     ("other", "T5ForConditionalGeneration"): ORDINARY,
     ("other", "LlavaForConditionalGeneration"): ORDINARY,
-    ("timm", "test_convnext"): "no argument of timm gives the widths",
-    ("timm", "test_efficientnet"): "no argument of timm gives the widths",
-    ("timm", "test_resnet"): "no argument of timm gives the widths",
+    ("timm", "test_convnext"): OWN_FILE,
+    ("timm", "test_efficientnet"): OWN_FILE,
+    ("timm", "test_resnet"): OWN_FILE,
 }
 
 

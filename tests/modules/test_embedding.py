@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from sentence_transformers import CrossEncoder, SparseEncoder
 from support.callbacks import WITHOUT_ADVICE, trainer
 from support.embedding import PAIRS, SENTENCES, load, save_pairs, save_tiny, spearman_by_hand
 from support.layers import assert_same
-from support.quiet import prune
+from support.quiet import prune, shrink, zero_units
 from support.refusals import refuses
 from support.reports import read_json
 from transformers import (
@@ -28,7 +29,6 @@ from wanda_lightning import (
     EmbeddingModule,
     PruningCallback,
     SentenceDataModule,
-    shrink,
 )
 from wanda_lightning.calibration.samples import forward_batch
 from wanda_lightning.common.text_features import text_features
@@ -139,26 +139,19 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def smaller(tiny_folder, tmp_path_factory):
-    """By name: a model with zeros, what was taken out of its folder, and what another process finds there."""
+    """By whether all layers lost units: a model with zeros, and what another process finds in the smaller folder."""
     cases = {}
-    for name in ("uniform", "fisher", "saved only"):
+    for equal in (True, False):
         folder = tmp_path_factory.mktemp("smaller") / "out"
-        model = EmbeddingModule(tiny_folder).model
-        allocation = "fisher" if name == "fisher" else "uniform"
-        prune(model, SENTENCES, 0.5, pattern="structured", allocation=allocation)
-        if name == "fisher":  # the tiny model may have equal widths by chance
-            part = model[0].auto_model.encoder.layer[0]
-            part.intermediate.dense.weight.data[:3] = 0
-            part.intermediate.dense.bias.data[:3] = 0
-            part.output.dense.weight.data[:, :3] = 0
-        if name == "saved only":
-            removed = EmbeddingModule(model).save_pretrained(folder, shrink=True)
-        else:
-            removed = shrink(model)
-            model.save(str(folder))
-        cases[name] = SimpleNamespace(model=model.eval(), removed=removed, folder=folder)
+        module = EmbeddingModule(tiny_folder)
+        zero_units(module.model, SENTENCES, skip=() if equal else "*layer.0*")
+        zeros = deepcopy(module.model).eval()
+        (note,) = shrink(module.model).notes
+        assert ("trust_remote_code=True only" in note) != equal
+        module.save_pretrained(folder)
+        cases[equal] = SimpleNamespace(zeros=zeros, folder=folder)
 
-    folders = {str(case.folder): bool(case.removed.misfit) for case in cases.values()}
+    folders = {str(case.folder): not equal for equal, case in cases.items()}
     command = [sys.executable, "-I", "-c", LOAD, json.dumps(folders)]
     home = str(tmp_path_factory.mktemp("home"))
     environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": home, "PATH": ""}
@@ -169,23 +162,18 @@ def smaller(tiny_folder, tmp_path_factory):
     return cases
 
 
-@pytest.mark.parametrize("name", ["uniform", "fisher", "saved only"])
-def test_a_smaller_folder_loads_without_this_package(smaller, name):
-    case = smaller[name]
-    expected = case.model.encode(["a cat sees the red house ."])[0]
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_smaller_folder_loads_without_this_package(smaller, equal):
+    case = smaller[equal]
+    expected = case.zeros.encode(["a cat sees the red house ."])[0]
     assert case.found["embedding"] == pytest.approx(expected.tolist(), abs=1e-5)
-    widths = case.found["widths"]
-    assert sum(widths) == 2 * 32 - case.removed.units
-    assert bool(case.removed.misfit) == (len(set(widths)) > 1) == (name == "fisher")
+    assert case.found["widths"] == [16 if equal else 32, 16]
 
 
-def test_save_pretrained_leaves_units_out_of_the_folder_only(smaller):
-    case = smaller["saved only"]
-    assert case.removed.units == 32
-    assert case.model[0].auto_model.encoder.layer[0].output.dense.weight.shape == (16, 32)
-    assert case.found["widths"] == [16, 16]
+def test_the_module_loads_a_smaller_folder(smaller):
+    case = smaller[True]
     assert spearman_by_hand(EmbeddingModule(case.folder).model.eval()) == pytest.approx(
-        spearman_by_hand(case.model)
+        spearman_by_hand(case.zeros)
     )
 
 
@@ -206,11 +194,8 @@ def test_a_folder_names_classes_that_versions_5_and_6_have(tiny, tmp_path):
     ]
 
 
-def test_a_save_that_fails_leaves_nothing(tiny, tmp_path):
+def test_a_folder_is_not_replaced(tiny, tmp_path):
     module = EmbeddingModule(tiny)
-    with refuses("shrink must remove something"):
-        module.save_pretrained(tmp_path / "out", shrink=True)
-    assert list(tmp_path.iterdir()) == []
     module.save_pretrained(tmp_path / "out")
     with pytest.raises(FileExistsError):
         module.save_pretrained(tmp_path / "out")

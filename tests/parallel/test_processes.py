@@ -1,4 +1,4 @@
-"""Several processes prune one model: the same masks everywhere, those of one process on all samples, and no hanging."""
+"""Several processes change one model: the same zeros everywhere, as in one process, and no hanging."""
 
 import re
 from functools import partial
@@ -20,7 +20,7 @@ from support.zoo import batches_of, model_of
 from torch.testing import assert_close
 
 from wanda_lightning import Distill, Fisher, Reconstruct
-from wanda_lightning.core import Magnitude, Structured
+from wanda_lightning.core import Magnitude
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.parallel import Processes
 
@@ -89,8 +89,8 @@ ARCHITECTURES = (
     "unreached",
 )
 SHARES = ((0, 1, 2), ()), ((), (0, 1, 2)), ((2,), (0, 1))
-EXPERTS = {"pattern": "experts", "sparsity": 0.25}
-UNITS = {"method": "wanda", "pattern": Structured(4), "keep_batch_norm": True}
+EXPERTS = {"experts": 0.25}
+UNITS = {"units": 0.5, "refit": False, "multiple_of": 4, "keep_batch_norm": True}
 SAMPLE = [
     ("plain_mlp", {"pattern": "unstructured_layer"}),
     ("plain_mlp", {"pattern": "equal_share"}),
@@ -102,7 +102,7 @@ SAMPLE = [
     ("resnet50", UNITS | {"sequential": "none"}),
     ("unreached", UNITS | {"sequential": "none"}),
     ("routed", UNITS | {"sequential": "layer"}),
-    ("llama", UNITS | {"allocation": "fisher"}),  # the gradients of all
+    ("llama", UNITS | {"by": "loss"}),  # the gradients of all
 ]
 for order in ORDERS:
     SAMPLE += [
@@ -236,7 +236,7 @@ def test_masks_with_fisher_are_those_of_one_process(pair, samples):
 @pytest.mark.parametrize("shares", [((), (0, 1)), None])
 def test_one_process_measures_what_units_cost(pair, shares):
     (first, report), (second, other) = pair.run(
-        cases.replicated, "llama", shares, pattern="structured", allocation="fisher_seconds"
+        cases.replicated, "llama", shares, units=0.5, by="seconds"
     )
     assert_same(first, second)
     assert report.config["unit_costs"] == other.config["unit_costs"]

@@ -1,19 +1,19 @@
 """Numbers and methods in words."""
 
-import pytest
-import torch
-from support.reports import AGREEMENT
-from torch import nn
+from dataclasses import replace
 
-from wanda_lightning import Fisher, PruningConfig, prune
+import pytest
+from support.reports import AGREEMENT, llama_report
+
+from wanda_lightning import PruningConfig
 from wanda_lightning.report import Measured
 from wanda_lightning.report.descriptions import (
     AGREEMENT_METRICS,
     PERPLEXITY,
     TOP1,
     agreement_in_a_sentence,
+    change_in_words,
     change_of,
-    limits_of,
     method_in_words,
 )
 
@@ -77,25 +77,18 @@ def test_methods_in_words(choices, words):
 
 
 @pytest.mark.parametrize(
-    ("max_deviation", "expected"),
+    ("config", "words"),
     [
         (
-            0.5,
-            "Fisher gives no layer more than 68.75% or less than 31.25%: 1 layer reached the upper limit",
-        ),  # 3/8
-        (0.03, ""),  # less than one weight of a row
-        (0.0, ""),
+            {"solver": {"name": "Refit"}, "allocation": {"name": "Fisher"}},
+            "Refit (hidden units, Fisher)",
+        ),
+        ({"solver": {"name": "Refit"}, "experts": 0.25}, "Refit (hidden units)"),
+        ({}, "hidden units"),  # they were zero already
+        ({"pattern": {"name": "Experts"}, "criterion": {"name": "REAP"}}, "REAP (experts)"),
     ],
 )
-def test_the_limits_of_an_allocation_are_named_if_layers_reached_them(max_deviation, expected):
-    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
-    with torch.no_grad():
-        model[
-            0
-        ].weight *= (
-            1e-4  # so the first layer gets as much sparsity as it may, and the second as little
-        )
-    report = prune(
-        model, [torch.randn(64, 32)], allocation=Fisher(max_deviation), pattern="unstructured_layer"
-    )
-    assert limits_of(report).partition(",")[0] == expected
+def test_what_left_a_smaller_model_in_words(config, words):
+    config = {"pattern": {"name": "Structured"}, **config}
+    report = replace(llama_report(1), config=config, shrunk=True)
+    assert change_in_words(report) == f"Shrunk: {words}"

@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 from support.experts import build
 from support.pairwise import with_nightly
-from support.quiet import prune
+from support.quiet import prune, shrink
 from support.zoo import ZOO, batches_of, model_of, number_of_weights
 
 from wanda_lightning.report.figures import (
@@ -69,7 +69,7 @@ def test_experts_of_a_block_are_one_kind():
 def test_the_experts_of_each_block():
     """Their saliency, their tokens, and a cross on each that left."""
     model = build("mixtral")
-    report = prune(model, batches_of("mixtral"), 0.25, pattern="experts")
+    report = shrink(model, batches_of("mixtral"), experts=0.25)
     experts = experts_by_block(report)
     assert list(experts) == [f"model.layers.{index}" for index in range(len(experts))]
     for layers in experts.values():

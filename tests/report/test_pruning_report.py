@@ -48,17 +48,6 @@ def test_a_report_of_another_version_is_read():
     assert all(isinstance(matrix.reason, SkipReason) for matrix in again.skipped)
 
 
-@pytest.mark.parametrize("shrunk", [False, True])
-def test_an_older_report_says_in_a_note_that_hidden_units_are_left_out(shrunk):
-    report = llama_report(1)
-    if shrunk:
-        report = report.marked_as_shrunk()
-    assert report.shrunk == shrunk
-    content = json.loads(report.to_json())
-    del content["shrunk"]
-    assert PruningReport.from_json(json.dumps(content)) == report
-
-
 def test_a_report_is_printed_as_a_summary_and_its_rows_as_a_table():
     report = llama_report(30)
     lines = str(report).splitlines()

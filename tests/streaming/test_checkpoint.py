@@ -37,8 +37,10 @@ NO_GRADIENTS = {"allocation": "uniform", "pattern": "unstructured_layer"}
             {"method": "best"},
             r"method='best' reads gradients.* Use allocation='uniform' and pattern=",
         ),
-        ({"pattern": "structured", "skip": ["*.mlp.*"]}, "finds no hidden units in the model"),
-        ({"pattern": "experts", "sparsity": 0.97}, "drops all of the 8 experts with sparsity=0.97"),
+        ({"units": 0.5, "skip": ["*.mlp.*"]}, r"units=0\.5 finds no hidden units in the model"),
+        ({"units": 0.5, "by": "loss"}, r"by='loss' reads gradients.* Use by='equal', or"),
+        ({"experts": 0.97}, r"experts=0\.97 drops all of the 8 experts"),
+        ({"units": 0.5, "experts": 0.5}, "From disk, units and experts leave in two runs"),
     ],
 )
 def test_choices_that_cannot_be_used_from_disk(source_for, out, choices, message):

@@ -28,7 +28,7 @@ from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.streaming.checkpoint import Checkpoint
 from wanda_lightning.streaming.from_disk import pruned_from_disk
-from wanda_lightning.streaming.output_folder import PROGRESS_NAME, OutputFolder, PartRecord
+from wanda_lightning.streaming.output_folder import PROGRESS_NAME, OutputFolder, PartRecord, Shards
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -36,7 +36,7 @@ WANDA = {"method": "wanda"}
 
 
 @forks.IN_ONE_WORKER
-@pytest.mark.parametrize("name", with_nightly(["owl_layer", "experts_block"], ["experts"]))
+@pytest.mark.parametrize("name", with_nightly(["owl_sparsegpt", "experts_block"], ["experts"]))
 def test_a_killed_run_continues_where_it_was(source_for, streamed, out, name):
     expected, whole = streamed(name)
     for after in (1, 2, 4, 5):
@@ -51,12 +51,42 @@ def test_a_killed_run_continues_where_it_was(source_for, streamed, out, name):
     assert replace(report, seconds={}) == replace(expected, seconds={})
 
 
+@forks.IN_ONE_WORKER
+def test_a_killed_run_continues_before_its_units_leave_and_while_they_do(
+    source, streamed, out, monkeypatch
+):
+    expected, whole = streamed("units")
+    killed = forks.run(prune_until_killed, source, out, 1, CHOICES["units"])
+    assert killed.returncode == -signal.SIGKILL
+    with monkeypatch.context() as patched:
+        patched.setattr(Shards, "write_rest", interrupt_second(Shards.write_rest))
+        with pytest.raises(KeyboardInterrupt):
+            stream(source, out, batches(), **CHOICES["units"])
+    assert AutoModelForCausalLM.from_pretrained(out).config.intermediate_size == 64  # with zeros
+    report = stream(source, out, batches(), **CHOICES["units"])
+    assert contents(out) == contents(whole)
+    assert replace(report, seconds={}) == replace(expected, seconds={})
+
+
+def interrupt_second(function):
+    """A function that is interrupted when it is called again."""
+    calls = []
+
+    def call(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    return call
+
+
 @pytest.mark.parametrize(
     ("name", "passes", "repeated"),
     with_nightly(
         [
             ("magnitude", 1, 0),
-            ("structured", 2, 1),
+            ("units", 2, 1),
             ("experts_block", 1, 0),
         ],
         [("none", 3, 1), ("per_layer", 2, 0), ("owl without statistics", 3, 0)],
@@ -80,9 +110,11 @@ def test_a_continued_run_does_not_allocate_again(
     assert [loads.count((block, True)) for block in blocks[:3]] == [passes] * 3
     loads.clear()
     report = stream(source, out, batches(), **CHOICES[name])
-    assert loads[1:] == [(block, True) for block in blocks] * repeated + [
-        (b, i > 1) for i, b in enumerate(blocks)
-    ]
+    from_source = [(block, True) for block in blocks]
+    taken_out = [("", True), *from_source] if name == "units" else []
+    assert (
+        loads[1:] == from_source * repeated + [(b, i > 1) for i, b in enumerate(blocks)] + taken_out
+    )
     assert (report.layers, report.config) == (expected.layers, expected.config)
     assert len({layer.target for layer in report.layers}) > 1 or "allocation" not in CHOICES[name]
     assert contents(out) == contents(whole)

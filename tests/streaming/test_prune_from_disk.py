@@ -1,4 +1,4 @@
-"""What is pruned block by block equals what is pruned in memory."""
+"""What is pruned or shrunk block by block equals what is in memory."""
 
 import itertools
 import re
@@ -20,7 +20,7 @@ from support.disk import (
 from support.experts import build
 from support.layers import rng
 from support.pairwise import with_nightly
-from support.quiet import prune
+from support.quiet import prune, shrink, shrinks
 from support.refusals import alike, refuses
 from support.reports import read_json
 from support.zoo import causal, names, other
@@ -45,14 +45,14 @@ LIKE_OTHERS = {
     "wanda",
     "owl without statistics",
     "none without statistics",
-    "structured_reconstruct",
+    "units_reconstruct",
 }
 
 
 @pytest.mark.parametrize(
     "name", with_nightly([name for name in CHOICES if name not in LIKE_OTHERS], CHOICES)
 )
-def test_the_files_and_the_report_are_those_of_prune(source_for, streamed, tmp_path, name):
+def test_the_files_and_the_report_are_those_in_memory(source_for, streamed, tmp_path, name):
     expected = in_memory(source_for(name), tmp_path / "memory", batches(), **CHOICES[name])
     report, folder = streamed(name)
     assert same(weights(folder), weights(tmp_path / "memory"))
@@ -162,7 +162,7 @@ def test_what_may_not_fit_fewer_experts_is_left_out(tmp_path, caplog, sequential
     predictions = qwen3_next(tmp_path / "source")
     samples = causal("qwen3_next").batches()
     report = stream(
-        tmp_path / "source", tmp_path / "disk", samples, pattern="experts", sequential=sequential
+        tmp_path / "source", tmp_path / "disk", samples, experts=0.5, sequential=sequential
     )
     assert not predictions.keys() & weights(tmp_path / "disk").keys()
     assert read_json(tmp_path / "disk/config.json")["num_nextn_predict_layers"] == 0
@@ -192,7 +192,7 @@ def test_a_layer_that_is_not_loaded_loses_as_many_experts(tmp_path, family, pref
     layer[router] = torch.randn(layer[router].shape, generator=generator)
     save_file(stored | layer, source / "model.safetensors", metadata={"format": "pt"})
 
-    report = stream(source, tmp_path / "disk", causal(family).batches(), 0.5, pattern="experts")
+    report = stream(source, tmp_path / "disk", causal(family).batches(), experts=0.5)
     number = len(layer[router])
     sizes = layer[router].norm(dim=1).tolist()
     groups = model.config.n_group if family == "deepseek_v3" else 1
@@ -228,12 +228,13 @@ def repeated(model, batch):
     return routed(model, {**batch, "input_ids": model.lm_head(routed(model, batch, 2)).argmax(-1)})
 
 
-@pytest.mark.parametrize(("forward", "name"), [(routed, "owl"), (repeated, "structured")])
+@pytest.mark.parametrize(("forward", "name"), [(routed, "owl"), (repeated, "units")])
 def test_batches_may_take_different_routes(source, tmp_path, forward, name):
     samples = [{**batch, "first": first} for batch, first in zip(batches(), (1, 0, 2), strict=True)]
     choices = CHOICES[name]
     model = AutoModelForCausalLM.from_pretrained(source)
-    expected = prune(model, samples, 0.5, forward=partial(forward, model), **choices)
+    change = shrink if shrinks(choices) else prune
+    expected = change(model, samples, forward=partial(forward, model), **choices)
     model.save_pretrained(tmp_path / "memory")
     report = stream(source, tmp_path / "disk", samples, forward=forward, **choices)
     assert same(weights(tmp_path / "disk"), weights(tmp_path / "memory"))

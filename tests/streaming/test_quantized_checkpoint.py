@@ -20,12 +20,12 @@ from support.disk import (
     weights,
 )
 from support.quantized import BLOCK, compressed, fp8, kimi, mxfp4, rewrite
-from support.quiet import prune
-from support.refusals import alike
+from support.quiet import shrink
+from support.refusals import alike, refuses
 from support.reports import read_json
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from wanda_lightning import CausalLMModule, shrink_from_disk
+from wanda_lightning import CausalLMModule, prune_from_disk, shrink_from_disk
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.streaming import perplexity_from_disk
@@ -45,8 +45,7 @@ FORMATS = {
     "int4, Kimi": kimi,
     "fp8 of compressed-tensors": partial(compressed, kind="float-quantized"),
 }
-DROP = {"pattern": "experts"}
-SPARSITY = 0.25  # two of eight experts
+DROP = {"experts": 0.25}  # two of eight
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -78,7 +77,7 @@ def in_memory(folder):
 
 
 def small(folder, output, **choices):
-    return stream(folder, output, batches(), SPARSITY, **DROP, **choices)
+    return stream(folder, output, batches(), **DROP, **choices)
 
 
 @torch.no_grad()
@@ -122,7 +121,7 @@ def test_blocks_that_do_not_divide_a_weight(tmp_path, name):
 def test_the_result_is_that_of_memory(source, smaller):
     """The smaller model computes what the dequantized one does without these experts, also if the library loads it."""
     model = dequantized(source)
-    expected = prune(model, batches(), SPARSITY, **DROP)
+    expected = shrink(model, batches(), **DROP)
     assert smaller.report.layers == expected.layers
     for loaded in (in_memory(smaller.folder), dequantized(smaller.folder)):
         assert same(loaded.state_dict(), model.state_dict())
@@ -148,7 +147,7 @@ def test_kept_tensors_are_copied_byte_for_byte(source, smaller):
         else:
             original = torch.stack([before[key][number] for number in numbers])
         assert alike(octets(tensor), octets(original)), key
-    separate = sum(".experts." in key for key in before) * (1 - SPARSITY)
+    separate = sum(".experts." in key for key in before) * 3 / 4
     if "_blocks" not in str(before.keys()):
         assert sum(".experts." in key for key in after) == separate
 
@@ -183,9 +182,8 @@ def test_only_the_number_of_experts_changes_in_the_configuration(source, smaller
 
 @forks.IN_ONE_WORKER
 def test_a_killed_run_continues_to_the_same_bytes(source, smaller, tmp_path):
-    choices = {"sparsity": SPARSITY, **DROP}
     for after in (0, 1, 2, 3):  # of two blocks and the rest
-        killed = forks.run(prune_until_killed, source, tmp_path / "out", after, choices)
+        killed = forks.run(prune_until_killed, source, tmp_path / "out", after, DROP)
         assert killed.returncode == -signal.SIGKILL
         assert (tmp_path / "out/config.json").exists() == (after == 3)
     small(source, tmp_path / "out")
@@ -203,7 +201,7 @@ def test_a_dtype_writes_a_dequantized_model(source, smaller, tmp_path):
 def test_a_run_does_not_continue_in_another_format(
     fp8_folder, tmp_path, monkeypatch, begun, continued
 ):
-    choices = {"sparsity": SPARSITY, "dtype": begun, **DROP}
+    choices = {"dtype": begun, **DROP}
     interrupted(fp8_folder, tmp_path / "out", monkeypatch, "model.layers.1", **choices)
     with pytest.raises(UserError, match="was begun with other choices, data or weights: output"):
         small(fp8_folder, tmp_path / "out", dtype=continued)
@@ -273,12 +271,15 @@ def test_tensors_that_only_servers_read_stay_with_their_expert(fp8_folder, tmp_p
             assert after[name.format(place)] == scales[name.format(number)]
 
 
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "structured"])
-def test_zeros_are_refused(fp8_folder, tmp_path, pattern):
-    with pytest.raises(UserError, match="have to be quantized again"):
-        stream(fp8_folder, tmp_path / "out", batches(), 0.5, pattern=pattern)
-    with pytest.raises(UserError, match="would have to be quantized again"):
-        shrink_from_disk(fp8_folder, tmp_path / "out")
+def test_other_weights_than_those_of_experts_stay(fp8_folder, tmp_path):
+    output = tmp_path / "out"
+    for change in (
+        partial(prune_from_disk, batches=batches()),
+        partial(shrink_from_disk, batches=batches(), units=0.5),
+        shrink_from_disk,
+    ):
+        with refuses("would have to be quantized again"):
+            change(fp8_folder, output)
     assert not (tmp_path / "out").exists()
 
 

@@ -1,21 +1,20 @@
-"""A tiny language model in files, and ways to prune it from there."""
+"""A tiny language model in files, and ways to prune or shrink it from there."""
 
 import json
 import os
 import signal
-from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.layers import rng
 from support.modules import tiny_llama
-from support.quiet import prune
+from support.quiet import prune, shrink, shrinks
 from support.refusals import alike
 from support.reports import read_json
 from transformers import AutoModelForCausalLM
 
-from wanda_lightning import OWL, PerLayer, Reconstruct, prune_from_disk
+from wanda_lightning import OWL, PerLayer, Reconstruct, prune_from_disk, shrink_from_disk
 from wanda_lightning.streaming.checkpoint import Checkpoint
 from wanda_lightning.streaming.output_folder import OutputFolder
 
@@ -30,16 +29,16 @@ CHOICES = {
     "skip": {"method": "wanda", "skip": ["model.layers.1"]},
     "head": {"method": "wanda", "only": ["*.mlp"]},
     "owl": {"method": "wanda", "allocation": "owl"},
-    "owl_layer": {"method": "sparsegpt", "allocation": "owl_layer", "sequential": "layer"},
+    "owl_sparsegpt": {"method": "sparsegpt", "allocation": "owl", "sequential": "layer"},
     "owl without statistics": {"method": "magnitude", "allocation": OWL(m=2.0)},
     "none": {"method": "wanda", "sequential": "none", "allocation": "owl"},
     "none without statistics": {"method": "magnitude", "sequential": "none"},
     "best 2:4": {"method": "best", "pattern": "2:4"},
-    "structured": {"pattern": "structured"},
-    "structured_reconstruct": {"pattern": "structured", "recovery": Reconstruct()},
+    "units": {"units": 0.5},
+    "units_reconstruct": {"units": 0.5, "recovery": Reconstruct()},
     "per_layer": {"method": "wanda", "allocation": PerLayer({"*.mlp.*": 0.6})},
-    "experts": {"pattern": "experts"},
-    "experts_block": {"pattern": "experts", "sequential": "block"},
+    "experts": {"experts": 0.5},
+    "experts_block": {"experts": 0.5, "sequential": "block"},
 }
 
 
@@ -94,18 +93,21 @@ def contents(folder):
 
 
 def in_memory(source, folder, samples, auto_class=AutoModelForCausalLM, **choices):
-    """Prune a model in memory and save it; return the report."""
+    """Prune or shrink a model in memory and save it; return the report."""
     model = auto_class.from_pretrained(source)
-    report = prune(model, samples, 0.5, **choices)
+    report = (shrink if shrinks(choices) else prune)(model, samples, **choices)
     model.save_pretrained(folder)
     return report
 
 
-stream = partial(prune_from_disk, progress=False)
+def stream(*arguments, **choices):
+    """Prune or shrink a model from disk; return the report."""
+    change = shrink_from_disk if shrinks(choices) else prune_from_disk
+    return change(*arguments, progress=False, **choices)
 
 
 def prune_until_killed(source, folder, after, choices):
-    """Prune a model in a process of its own, which is killed when so many parts are written."""
+    """Prune or shrink a model in a process of its own, which is killed when so many parts are written."""
     save = OutputFolder.save
 
     def kill(*_):

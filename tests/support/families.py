@@ -5,7 +5,7 @@
 also with "none"). The model passes if every matrix inside its blocks has exactly its sparsity or is skipped with a
 reason, no skipped weight changed, all outputs are finite, and the masks for "block" equal, in float64, those of a slow
 procedure that computes its own statistics (`slow_prune`).
-`check_units` prunes hidden units and takes out all that are zero; the outputs must stay the same to
+`check_units` sets hidden units to zero and takes out all that are zero; the outputs must stay the same to
 rounding, and the saved folder must load with transformers or timm and give these outputs again.
 """
 
@@ -26,18 +26,18 @@ import timm
 import torch
 import transformers as hf
 from support.disk import weights
-from support.quiet import prune
+from support.quiet import prune, shrink, zero_units
 from support.zoo import CannotBuild, cast, matrices, outputs, without_cache
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from wanda_lightning import ImageClassifierModule, shrink
-from wanda_lightning.core import Structured
+from wanda_lightning import ImageClassifierModule
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import find_layers
 from wanda_lightning.units.fit_configuration import auto_classes, refuse_unloadable
+from wanda_lightning.units.zero_units import take_out_zero_units
 
 aten = torch.ops.aten
 PATTERNS = ("unstructured", "2:4")
@@ -60,7 +60,7 @@ class Result:
     left_out: dict = field(default_factory=dict)
     slow: str = ""  # the dtype in which `block` equals the slow procedure
     width: int = 0  # hidden units that were found
-    zero: int = 0  # those that pruning set to zero
+    zero: int = 0  # those that were set to zero
     removed: int = 0  # those that were taken out
     smaller: float = 0.0  # fraction of all parameters that were taken out
     folder: str = ""  # how the smaller model is saved, or why it is not
@@ -407,30 +407,30 @@ def _in_order(model, stops, batches):
 
 
 def check_units(family, result=None):
-    """Prune, shrink, save and load the model of a family; raise an error if its outputs change."""
+    """Shrink, save and load the model of a family; raise an error if its outputs change."""
     result = result or Result(family.kind, family.name, family.model)
     model = _build(family)
     batches = family.batches()
     is_timm = family.kind == "timm"
     try:
-        pattern = Structured(multiple_of=8 if is_timm else 1)  # the models of transformers are tiny
-        report = prune(model, batches, 0.25, pattern=pattern)
+        multiple_of = 8 if is_timm else 1  # the models of transformers are tiny
+        report = zero_units(model, batches, 0.25, multiple_of=multiple_of)
     except ValueError as error:
         if "finds no hidden units" not in str(error):
             raise
         result.folder = "no hidden units found"
         return result
     for layer in report.layers:
-        note = re.search(r"([\d,]+) of ([\d,]+) hidden units are zero", layer.note)
+        note = re.search(r"([\d,]+) of ([\d,]+) hidden units leave", layer.note)
         if note:
             result.zero += int(note[1].replace(",", ""))
             result.width += int(note[2].replace(",", ""))
 
     zeros = deepcopy(model)
     expected = [_floats(zeros, batch, is_timm) for batch in batches]
-    taken = shrink(model, batches[0])
+    taken = take_out_zero_units(model, lambda: _outputs(model, batches[0]), progress=False)
     before, after = taken.parameters
-    result.removed = taken.units
+    result.removed = taken.taken
     result.smaller = 1 - after / before
     _assert_same(model, batches, expected, is_timm)
 
@@ -490,12 +490,12 @@ def check_uneven(family):
     model = _build(family)
     batches = family.batches()
     *_, last = [stop.name for stop in find_layers(model).stops if stop.is_block]
-    prune(model, batches, 0.25, pattern=Structured(multiple_of=1), skip=[f"{last}.*"])
+    zero_units(model, batches, 0.25, multiple_of=1, skip=[f"{last}.*"])
     expected = [_floats(deepcopy(model), batch, False) for batch in batches]
 
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(f"{folder}/dense")
-        shrink(model, batches[0])
+        shrink(model, batches)
         path = Path(folder) / re.sub(r"\W", "_", family.name)
         loaded, form = _transformers_folder(model, path)
         if form == ORDINARY:
@@ -524,7 +524,8 @@ def _timm_folder(family, model, folder):
         family.model, False, num_classes=16, model_kwargs=family.arguments()
     )
     module.model.load_state_dict(model.state_dict())
-    module.eval().save_pretrained(folder, shrink=True)
+    shrink(module.eval().model)
+    module.save_pretrained(folder)
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     return loaded, OWN_FILE if list(folder.glob("modeling_*.py")) else ORDINARY
 

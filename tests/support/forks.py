@@ -25,7 +25,7 @@ FORKS.set_forkserver_preload(
         "datasets",
         "peft",
         "PIL.Image",
-        "wanda_lightning.cli.prune_command",
+        "wanda_lightning.cli.run_job",
     ]
 )
 

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from support.callbacks import trainer as callbacks_trainer
 from support.layers import rng
 from support.mlps import Mlp
-from support.quiet import prune
+from support.quiet import prune, shrink, shrinks
 from support.samples import gradients, samples_of, split
 from support.zoo import batches_of, model_of, run
 from torch import distributed as dist, nn
@@ -32,12 +32,12 @@ from wanda_lightning.callbacks.trainer import processes_of
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.statistics import SUMS
-from wanda_lightning.engine.prune import prune_as
 from wanda_lightning.loop.batch_norm import batch_norm_layers
-from wanda_lightning.loop.plan import make_plan
 from wanda_lightning.models import find_layers
 from wanda_lightning.modules import CausalLMModule
 from wanda_lightning.parallel import Processes
+from wanda_lightning.shrink_config import ShrinkConfig
+from wanda_lightning.verbs.shrink import carry_out
 
 
 def both():
@@ -70,9 +70,9 @@ def attempt(work):
 
 
 def prune_both(model, batches, forward=None, **choices):
-    """Prune a model together; return the report."""
-    plan = make_plan(PruningConfig(**choices), model, both())
-    return prune_as(plan, batches, forward=forward, progress=False)
+    """Prune or shrink a model together; return the report."""
+    parts = ShrinkConfig(**choices).parts if shrinks(choices) else [PruningConfig(**choices)]
+    return carry_out(parts, model, batches, forward, progress=False, processes=both())
 
 
 def counted(processes):
@@ -206,9 +206,9 @@ def fisher_of(rank, name, shares, samples):
 
 
 def progress(rank):
-    plan = make_plan(PruningConfig(), model_of("plain_mlp"), both())
+    parts = [PruningConfig()]
     with contextlib.redirect_stderr(io.StringIO()) as shown:
-        prune_as(plan, batches_of("plain_mlp")[rank::2], progress=True)
+        carry_out(parts, model_of("plain_mlp"), batches_of("plain_mlp")[rank::2], processes=both())
     return shown.getvalue()
 
 
@@ -393,7 +393,7 @@ def fit_llama(rank, folder, saved):
     trainer("fsdp2", wl.KeepZeros()).fit(module, DataLoader(windows, batch_size=None))
     module.configure_model()  # a second call does nothing
     sharded = [type(inner).__name__ for inner in module.modules() if isinstance(inner, FSDPModule)]
-    refused = [attempt(lambda: module.save_pretrained(saved, shrink=True))]
+    refused = [attempt(lambda: shrink(module.model))]
     module.save_pretrained(saved)
     assert (saved / "config.json").is_file()  # in every process
     refused.append(attempt(lambda: module.save_pretrained(saved)))
@@ -448,9 +448,10 @@ def prune_batch_norms(rank, batches, shares):
 
 
 def alone(name, **choices):
-    """Prune a specimen in one process; return the model and the report."""
+    """Prune or shrink a specimen in one process; return the model and the report."""
     model = model_of(name)
-    return model, prune(model, batches_of(name), **choices)
+    change = shrink if shrinks(choices) else prune
+    return model, change(model, batches_of(name), **choices)
 
 
 def assert_same_weights(weights, expected, tolerance=1e-3):

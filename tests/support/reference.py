@@ -258,11 +258,6 @@ def owl(layers, sparsity):
     return {layer.name: sparsity - (shift_of[layer.block] - mean) for layer in layers}
 
 
-def owl_layer(layers, sparsity):
-    """The same with each layer as a block of its own."""
-    return owl([layer._replace(block=layer.name) for layer in layers], sparsity)
-
-
 def fisher(layers, sparsity):
     """One threshold for w² times the square sum of its input; layers differ by 0.15, or 3/8 of what is kept."""
     deviation = min(0.15, 3 / 8 * (1 - sparsity))
@@ -280,4 +275,4 @@ def fisher(layers, sparsity):
     return dict(zip([layer.name for layer in layers], clipped(best), strict=True))
 
 
-SPARSITIES = {"uniform": uniform, "owl": owl, "owl_layer": owl_layer, "fisher": fisher}
+SPARSITIES = {"uniform": uniform, "owl": owl, "fisher": fisher}

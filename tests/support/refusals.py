@@ -1,4 +1,4 @@
-"""What must be refused, and a `prune` that is, and leaves the model as it was."""
+"""What must be refused, and a call that is, and leaves the model as it was."""
 
 import threading
 
@@ -46,13 +46,13 @@ def state_of(model):
     return modules, [(weight.requires_grad, weight.grad) for weight in model.parameters()]
 
 
-def refusal(model, batches=None, *args, error=ValueError, written=(), **choices):
-    """The message of a `prune` that only wrote the weights that `written` names, and left nothing else behind."""
+def refusal(model, batches=None, *args, error=ValueError, written=(), verb=prune, **choices):
+    """The message of a call that only wrote the weights that `written` names, and left nothing else behind."""
     before = {name: value.detach().clone() for name, value in model.state_dict().items()}
     state = state_of(model)
     threads = set(threading.enumerate())
     with pytest.raises(error) as caught:
-        prune(model, batches, *args, **choices)
+        verb(model, batches, *args, **choices)
 
     assert changed(model, before) == [f"{name}.weight" for name in written]
     assert state_of(model) == state

@@ -37,7 +37,6 @@ CONFIG = {
     "allocation": {"name": "Fisher", "max_deviation": 0.15, "num_samples": 16},
     "solver": {"name": "SparseGPT", "block_size": 128},
     "recovery": {"name": "Distill", "epochs": 3},
-    "allocation_limits": [0.35, 0.65],
     "unit_costs": {"mlp.down_proj": 0.00123456},
 }
 

@@ -6,13 +6,11 @@ from functools import partial
 import pytest
 import torch
 import transformers as hf
-from support.quiet import prune
+from support.quiet import shrink
 from support.tiny import tiny
 from support.zoo import batches_of, model_of
 from torch import nn
 
-from wanda_lightning import shrink
-from wanda_lightning.core import Structured
 from wanda_lightning.units.fit_configuration import auto_classes, fit_configuration
 
 
@@ -72,12 +70,10 @@ def test_shapes_that_no_attribute_gives():
 def test_a_model_whose_widths_become_equal_is_of_its_family_again():
     model = model_of("llama")
     batches = batches_of("llama")
-    halves = partial(prune, model, batches, 0.5, pattern=Structured(multiple_of=1))
+    halves = partial(shrink, model, batches, units=0.5, multiple_of=1)
     halves(skip="model.layers.0.*")
-    shrink(model)
     assert type(model).__name__ == "ShrunkLlamaForCausalLM"
     halves(only="model.layers.0.*")
-    shrink(model)
     assert type(model) is hf.LlamaForCausalLM
     assert not hasattr(model.config, "auto_map")
 

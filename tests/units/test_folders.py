@@ -17,6 +17,7 @@ from support.disk import same
 from support.layers import rng
 from support.modules import VIT
 from support.pairwise import with_nightly
+from support.quiet import shrink, zero_units
 from support.refusals import refuses
 from support.reports import read_json
 from support.tiny import VOCABULARY
@@ -47,27 +48,21 @@ IDS = torch.randint(3, VOCABULARY, (8, 16), generator=rng())
 
 
 assert_close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-5)
-prune_units = partial(wl.prune, pattern="structured", progress=False)
 
 
 @pytest.fixture(scope="module")
 def shrunk_language_model(tmp_path_factory):
-    """Prune and shrink a model; return it with its zeros, the report and the folder. Each is pruned once."""
+    """Shrink and save a model once; return it with its zeros, the smaller one, the report and the folder."""
 
     @cache
     def save(name):
         model = causal(name.partition(" ")[0]).build()
-        allocation = "fisher" if "loss" in name else "uniform"
-        prune_units(model, [{"input_ids": IDS}], 0.4, allocation=allocation)
-        config = model.config.to_dict()
-        state = deepcopy(model.state_dict())
+        zero_units(model, [{"input_ids": IDS}], 0.4, by="loss" if "loss" in name else "equal")
+        zeros = deepcopy(model)
+        report = shrink(model)
         folder = tmp_path_factory.mktemp("shrunk") / "out"
-        report = wl.CausalLMModule(model).save_pretrained(folder, shrink=True)
-
-        # The module keeps its zeros and its configuration.
-        assert model.config.to_dict() == config
-        assert same(model.state_dict(), state)
-        return model, report, folder
+        wl.CausalLMModule(model).save_pretrained(folder)
+        return zeros, model, report, folder
 
     return save
 
@@ -86,10 +81,10 @@ def assert_loads_without_this_package(folder, name, model):
 @EVERY_LANGUAGE_MODEL
 def test_a_language_model_loads_without_this_package(shrunk_language_model, name):
     """The configuration has the width if it has an attribute for it."""
-    model, report, folder = shrunk_language_model(name)
-    assert_loads_without_this_package(folder, name, model)
+    zeros, _, report, folder = shrunk_language_model(name)
+    assert_loads_without_this_package(folder, name, zeros)
     saved = read_json(folder / "config.json")
-    widths = {after for _, after in report.layers.values()}
+    widths = {round(layer.shape[1] * (1 - layer.sparsity)) for layer in report.layers}
     assert (len(widths) > 1) == ("loss" in name)
     attribute = LANGUAGE[name]
     assert ("auto_map" in saved) == (attribute is None)
@@ -98,38 +93,34 @@ def test_a_language_model_loads_without_this_package(shrunk_language_model, name
 
 @EVERY_LANGUAGE_MODEL
 def test_a_loaded_language_model_can_be_saved_again(shrunk_language_model, name, tmp_path):
-    model, _, folder = shrunk_language_model(name)
+    zeros, *_, folder = shrunk_language_model(name)
     needs_file = LANGUAGE[name] is None
     if needs_file:
         with refuses("does not fit"):
             wl.CausalLMModule(folder).configure_model()
     module = wl.CausalLMModule(folder, trust_remote_code=needs_file)
     module.save_pretrained(tmp_path / "again")
-    assert_loads_without_this_package(tmp_path / "again", name, model)
+    assert_loads_without_this_package(tmp_path / "again", name, zeros)
 
 
 def test_a_base_model_loads_from_the_folder_of_a_model_with_a_head(shrunk_language_model):
-    model, _, folder = shrunk_language_model("llama by the loss")
+    zeros, *_, folder = shrunk_language_model("llama by the loss")
     base = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
     assert type(base).__name__ == "ShrunkLlamaModel"
-    assert_close(base(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+    assert_close(base(IDS).last_hidden_state, zeros.model(IDS).last_hidden_state)
 
 
 def test_another_head_loads_from_the_folder_of_a_base_model(tmp_path):
     base = causal("llama").build().model
-    prune_units(base, [{"input_ids": IDS}], 0.4, skip="layers.0.*")
-    wl.shrink(base)
+    shrink(base, [{"input_ids": IDS}], units=0.4, skip="layers.0.*")
     base.save_pretrained(tmp_path)
     auto = AutoModelForSequenceClassification
     classifier = auto.from_pretrained(tmp_path, trust_remote_code=True, num_labels=3)
     assert same(classifier.model.state_dict(), base.state_dict())
 
 
-def test_what_is_shrunk_in_memory_is_saved_by_transformers_alone(tmp_path):
-    model = causal("llama").build()
-    prune_units(model, [{"input_ids": IDS}], 0.4, allocation="fisher")
-    zeros = deepcopy(model)
-    wl.shrink(model)
+def test_what_is_shrunk_in_memory_is_saved_by_transformers_alone(shrunk_language_model, tmp_path):
+    zeros, model, *_ = shrunk_language_model("llama by the loss")
     assert isinstance(model, LlamaForCausalLM)
     model.save_pretrained(tmp_path)
     assert_loads_without_this_package(tmp_path, "llama by the loss", zeros)
@@ -137,14 +128,14 @@ def test_what_is_shrunk_in_memory_is_saved_by_transformers_alone(tmp_path):
 
 def test_a_folder_with_fewer_experts_is_an_ordinary_one(tmp_path):
     model = causal("qwen3_moe").build()
-    prune_units(model, [{"input_ids": IDS}], pattern="experts")
+    shrink(model, [{"input_ids": IDS}], experts=0.5)
     wl.CausalLMModule(model).save_pretrained(tmp_path / "out")
     assert not list(tmp_path.glob("out/*.py"))
     assert read_json(tmp_path / "out/config.json")["architectures"] == ["Qwen3MoeForCausalLM"]
 
 
 def test_a_folder_of_version_0_3_loads(shrunk_language_model, tmp_path):
-    model, _, folder = shrunk_language_model("llama by the loss")
+    zeros, *_, folder = shrunk_language_model("llama by the loss")
     old = tmp_path / "old"
     shutil.copytree(folder, old)
     config = read_json(old / "config.json")
@@ -152,18 +143,18 @@ def test_a_folder_of_version_0_3_loads(shrunk_language_model, tmp_path):
     config["auto_map"] = {"AutoModelForCausalLM": "modeling_shrunk.LlamaForCausalLM"}
     (old / "config.json").write_text(json.dumps(config))
     shutil.copy(Path(__file__).with_name("modeling_shrunk_0_3.txt"), old / "modeling_shrunk.py")
-    assert_loads_without_this_package(old, "llama by the loss", model)
+    assert_loads_without_this_package(old, "llama by the loss", zeros)
 
 
 @pytest.mark.parametrize(("name", "is_served"), [("llama by the loss", True), ("bloom", False)])
 def test_a_family_that_no_server_can_build_is_named(shrunk_language_model, name, is_served):
-    _, report, _ = shrunk_language_model(name)
-    assert ("vLLM and SGLang cannot serve it" in str(report)) != is_served
+    *_, report, _ = shrunk_language_model(name)
+    assert ("vLLM and SGLang cannot serve it" in report.notes[0]) != is_served
 
 
 def test_the_documentation_has_the_hashes_of_the_files(shrunk_language_model, dense_and_shrunk):
     page = (Path(__file__).parents[2] / "docs/shrink.md").read_text(encoding="utf-8")
-    for folder in (shrunk_language_model("bloom")[2], dense_and_shrunk("test_resnet")[1]):
+    for folder in (shrunk_language_model("bloom")[-1], dense_and_shrunk("test_resnet")[1]):
         file = (folder / "modeling_shrunk.py").read_bytes()
         assert hashlib.sha256(file).hexdigest() in page
 
@@ -189,7 +180,7 @@ class ImageModel:
     """A model of timm, and with which arguments it is saved."""
 
     kwargs: dict = field(default_factory=dict)
-    allocation: str = "uniform"
+    by: str = "equal"
     # Arguments that give the widths; without any, the folder needs a file.
     arguments: dict = field(default_factory=dict)
 
@@ -202,14 +193,14 @@ IMAGE_MODELS = {
     ),
     # None of its attributes says for which size it was built.
     "levit_128s": ImageModel({"img_size": 64}),
-    "test_efficientnet": ImageModel(allocation="fisher"),
-    "test_resnet": ImageModel(allocation="fisher_seconds"),
+    "test_efficientnet": ImageModel(by="loss"),
+    "test_resnet": ImageModel(by="seconds"),
 }
 
 
 @pytest.fixture(scope="module")
 def image_folders(tmp_path_factory):
-    """Folders of smaller image models with images and the logits that timm alone computes, and the dense modules."""
+    """Folders of smaller image models with images and the logits that timm alone computes, and the modules."""
     modules = {}
     for name, specimen in IMAGE_MODELS.items():
         model = seeded(partial(timm.create_model, name, num_classes=10, **specimen.kwargs))
@@ -217,8 +208,8 @@ def image_folders(tmp_path_factory):
         images = torch.randn(4, 3, size, size)
         folder = tmp_path_factory.mktemp("images") / name
         module = wl.ImageClassifierModule(model, model_kwargs=specimen.kwargs).eval()
-        prune_units(model, [(images, torch.arange(4))], 0.4, allocation=specimen.allocation)
-        module.save_pretrained(folder, shrink=True)
+        shrink(model, [(images, torch.arange(4))], units=0.4, by=specimen.by)
+        module.save_pretrained(folder)
         torch.save(images, folder / "images.pt")
         modules[folder] = module
     subprocess.run([sys.executable, "-I", "-c", ALONE, *map(str, modules)], check=True)
@@ -242,17 +233,18 @@ def test_image_models_load_without_this_package(image_folders):
     "name", with_nightly(["vit_tiny_patch16_224", "test_resnet"], IMAGE_MODELS)
 )
 def test_a_loaded_image_model_can_be_saved_and_become_smaller_again(image_folders, tmp_path, name):
-    ((folder, module),) = [item for item in image_folders.items() if item[0].name == name]
+    (folder,) = [folder for folder in image_folders if folder.name == name]
     images = torch.load(folder / "images.pt")
     again = wl.ImageClassifierModule(folder).eval()
     again.save_pretrained(tmp_path / "again")
     assert read_json(tmp_path / "again/config.json") == read_json(folder / "config.json")
 
-    prune_units(again.model, [images])
-    again.save_pretrained(tmp_path / "smaller", shrink=True)
+    before = number_of_weights(again)
+    shrink(again.model, [images], units=0.5)
+    again.save_pretrained(tmp_path / "smaller")
     smaller = wl.ImageClassifierModule(tmp_path / "smaller").eval()
     assert_close(smaller(images), again(images))
-    assert number_of_weights(smaller) < number_of_weights(again) < number_of_weights(module)
+    assert number_of_weights(smaller) < before
 
 
 # ---- whatever timm does with the folder of a dense model, it does with that of the smaller one
@@ -271,7 +263,7 @@ DENSE_CALLS = [
 
 @pytest.fixture(scope="module")
 def dense_and_shrunk(tmp_path_factory):
-    """Prune and save a model of timm with zeros and without; return both folders. Each is pruned once."""
+    """Save a model of timm with zeros and without them once; return both folders."""
 
     @cache
     def save(name):
@@ -281,9 +273,10 @@ def dense_and_shrunk(tmp_path_factory):
         folder = tmp_path_factory.mktemp(name)
         module = wl.ImageClassifierModule(model, model_kwargs=kwargs).eval()
         # The layers get different widths.
-        prune_units(model, [(images, torch.arange(4))], 0.4, allocation="fisher")
+        zero_units(model, [(images, torch.arange(4))], 0.4, by="loss")
         module.save_pretrained(folder / "dense")
-        module.save_pretrained(folder / "shrunk", shrink=True)
+        shrink(model)
+        module.save_pretrained(folder / "shrunk")
         assert (folder / "shrunk/modeling_shrunk.py").exists()
         return folder / "dense", folder / "shrunk"
 

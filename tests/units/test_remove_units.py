@@ -13,7 +13,7 @@ from support import reference
 from support.disk import same
 from support.layers import rng
 from support.mlps import MIXING, Mlp
-from support.quiet import prune
+from support.quiet import shrink, zero_units
 from support.refusals import refusal
 from support.samples import calls_of, drawn, run_of, split
 from support.zoo import ZOO, batches_of, cast, causal, model_of, run, seeded
@@ -28,7 +28,7 @@ from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.core import Structured
 from wanda_lightning.core.allocation import GradientLimit, Uniform, UnitLayer
 from wanda_lightning.models import SkipReason
-from wanda_lightning.units.remove_units import find_what_can_leave
+from wanda_lightning.verbs.remove_units import find_what_can_leave
 
 EACH_OF_4 = Structured(multiple_of=4)
 
@@ -78,9 +78,7 @@ def specimen(name):
     return make(), batches()
 
 
-def prune_units(model, batches, **choices):
-    choices.setdefault("pattern", EACH_OF_4)
-    return prune(model, batches, 0.5, **choices)
+prune_units = partial(zero_units, multiple_of=4)
 
 
 READERS = {
@@ -112,7 +110,7 @@ def pruned(request):
     model, batches = specimen(request.param)
     searched, found = search(model, batches)
     dense = deepcopy(model)
-    report = prune_units(model, batches, solver="zero_out", keep_batch_norm=True)
+    report = prune_units(model, batches, refit=False, keep_batch_norm=True)
     return SimpleNamespace(
         name=request.param,
         model=model,
@@ -165,7 +163,7 @@ def test_the_report_has_the_sparsity_of_each_layer(pruned):
     for reader, units in pruned.units.items():
         number = int(pruned.zero[reader].sum())
         assert records[reader].target == pytest.approx(number / units.width)
-        assert f"{number} of {units.width} hidden units are zero" in records[reader].note
+        assert f"{number} of {units.width} hidden units leave" in records[reader].note
 
 
 def test_the_report_lists_all_matrices_and_names_the_number_of_units_once(pruned):
@@ -176,7 +174,7 @@ def test_the_report_lists_all_matrices_and_names_the_number_of_units_once(pruned
     )
     number = sum(int(zero.sum()) for zero in pruned.zero.values())
     width = sum(units.width for units in pruned.units.values())
-    text = f"{number} of {width} hidden units are zero; shrink()"
+    text = f"{number} of {width} hidden units leave"
     assert sum(text in note for note in report.notes) == 1
     assert text in str(report)
 
@@ -306,7 +304,7 @@ def test_the_units_with_the_smallest_sums_of_squared_scores_become_zero():
     expected = reference.keep_units(reference.wanda(weight, tokens), 0.5, 4, columns=9)[
         0, : images.shape[1]
     ]
-    prune_units(model, batches, method="wanda", sequential="none")
+    prune_units(model, batches, refit=False, sequential="none")
     np.testing.assert_array_equal(
         (module.weight != 0).movedim(1, 0).flatten(1).any(dim=1), expected
     )
@@ -385,12 +383,12 @@ def test_fisher_takes_the_units_with_the_smallest_scores_for_their_costs():
 def test_a_slow_block_loses_more_units():
     model = chain(lambda: (Mlp(), Mlp(), Mlp()))
     model[1].between.register_forward_pre_hook(lambda *_: time.sleep(0.02))
-    report = prune(model, vectors(), 0.4, pattern=EACH_OF_4, allocation="fisher_seconds")
+    report = prune_units(model, vectors(), 0.4, by="seconds")
     zeros = [int((block.down.weight == 0).all(dim=0).sum()) for block in model[:3]]
     assert zeros[1] > max(zeros[0], zeros[2])
     assert max(report.config["unit_costs"], key=report.config["unit_costs"].get) == "1.down"
     assert report.config["unit_costs"].keys() == {f"{block}.down" for block in range(3)}
-    assert any("% of the seconds of all; shrink() takes them out" in note for note in report.notes)
+    assert any("% of the seconds of all" in note for note in report.notes)
 
 
 @pytest.mark.parametrize(
@@ -419,16 +417,6 @@ def test_uniform_gives_one_ratio_to_all_layers_of_a_kind(widths, sparsity, kept)
 # ---- laws
 
 
-@pytest.mark.parametrize("method", ["fast", "balanced"])
-@pytest.mark.parametrize("name", ["llama", "mobile"])
-def test_pruning_twice_changes_nothing(name, method):
-    model, batches = specimen(name)
-    prune_units(model, batches, method=method, keep_batch_norm=True)
-    once = deepcopy(model.state_dict())
-    prune_units(model, batches, method=method, keep_batch_norm=True)
-    assert same(model.state_dict(), once)
-
-
 @pytest.mark.parametrize("recovery", ["reconstruct", "distill"])
 def test_recoveries_keep_the_units_at_zero(recovery):
     model, batches = specimen("llama")
@@ -445,8 +433,8 @@ def test_recoveries_keep_the_units_at_zero(recovery):
 
 
 def test_a_sparsity_that_rounds_to_no_unit_is_named(caplog):
-    report = prune(*specimen("llama"), 0.05, pattern="structured")
-    text = "none of 128 hidden units is zero, because sparsity=0.05 rounds to no unit of any layer"
+    report = shrink(*specimen("llama"), units=0.05)
+    text = "none of 128 hidden units is zero, because units=0.05 rounds to no unit of any layer"
     assert any(note.startswith(text) for note in report.notes)
     assert text in caplog.text
 
@@ -481,36 +469,23 @@ LLAMA = ZOO["llama"].build
     [
         (
             LLAMA,
-            {"pattern": Structured(64)},
-            "multiple_of=64 of pattern=Structured(multiple_of=64, columns=1) leaves no",
+            {"multiple_of": 64},
+            "multiple_of=64 leaves no unit to remove: the widest layer, model.layers.0.mlp",
         ),
         (
             LLAMA,
-            {"sparsity": 0.95},
-            "sparsity=0.95 would remove all 64 hidden units: the widest layer, model.layers.0.mlp",
+            {"units": 0.95},
+            "units=0.95 would remove all 64 hidden units: the widest layer, model.layers.0.mlp",
         ),
-        (
-            LLAMA,
-            {"allocation": "fisher_seconds", "pattern": "2:4"},
-            "only hidden units have a cost",
-        ),
-        (
-            LLAMA,
-            {"allocation": "owl"},
-            "allocation='owl' cannot be combined with pattern='structured'",
-        ),
-        (LLAMA, {"solver": "admm"}, "solver='admm' cannot be combined with pattern='structured'"),
-        (LLAMA, {"method": "sparsegpt"}, "Choose from zero_out, refit."),
         (
             LLAMA,
             {"skip": ["*.mlp.*"]},
             "finds no hidden units in the model: in no block does one layer read",
         ),
-        (adapted, {}, "Merge adapters first"),
+        (adapted, {}, "shrink would break adapters, such as that of"),
         (apart, {}, "finds no hidden units"),
     ],
 )
 def test_what_does_not_fit_is_refused(make, choices, text):
     batches = vectors() if make is apart else batches_of("llama")
-    choices = {"pattern": "structured", **choices}
-    assert text in refusal(make(), batches, **choices)
+    assert text in refusal(make(), batches, verb=shrink, **{"units": 0.5, **choices})

@@ -58,7 +58,7 @@ def gradient_statistics(
     with (
         without_gradients(model),
         intercept(layers, sums),
-        recomputing(model, blocks),
+        recomputing(blocks),
         torch.enable_grad(),
     ):
         passes.run(tick)

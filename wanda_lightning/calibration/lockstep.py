@@ -26,7 +26,6 @@ from wanda_lightning.calibration.error_notes import naming_batch
 from wanda_lightning.calibration.interception import Multiply, Product, WeightInterceptor
 from wanda_lightning.calibration.pruning_mode import patched
 from wanda_lightning.calibration.samples import Sample
-from wanda_lightning.calibration.stall_watch import StallWatch
 from wanda_lightning.calibration.surroundings import Surroundings, TorchState, refuse_transforms
 from wanda_lightning.calibration.torch_internals import COMPILED_CALL
 from wanda_lightning.calibration.trees import clone_arguments
@@ -148,8 +147,8 @@ def _visits(
     passed: Passed,
 ) -> Generator[Visit]:
     pending = set(range(len(stops)))
-    with _parking(stops), StallWatch() as watch, ExitStack() as ends:
-        batches = [_Batch(sample, stops, watch) for sample in _parking_at_products(samples, stops)]
+    with _parking(stops), ExitStack() as ends:
+        batches = [_Batch(sample, stops) for sample in _parking_at_products(samples, stops)]
         for batch in batches:
             # In reverse order, as contexts nest: a batch may have entered one inside the context of the batch before.
             ends.callback(batch.end)
@@ -181,9 +180,8 @@ def _visits(
 
             with processes.fail_together():
                 for batch in batches_here:
-                    with watch.watching(batch.index):
-                        # Popped, because parked activations must not outlive the run of the module.
-                        output = visit.calls.pop(0).run()
+                    # Popped, because parked activations must not outlive the run of the module.
+                    output = visit.calls.pop(0).run()
                     batch.advance(output)
                     del output
 
@@ -278,16 +276,14 @@ class _Batch(greenlet):
     Uncaught, `GreenletExit` ends it. Models rarely catch that, because it is no `Exception`.
     """
 
-    def __init__(self, sample: Sample, stops: Sequence[Stop], watch: StallWatch) -> None:
+    def __init__(self, sample: Sample, stops: Sequence[Stop]) -> None:
         super().__init__()
         # The call at which the batch is parked; None while it runs and after its end.
         self.call: Call | None = None
         self.stop = -1  # index of the stop at which the batch is parked, or was parked last
         self.visited: set[str] = set()  # names of the stops at which it has been parked
-        self.index = sample.batch_index
         self._sample = sample
         self._stops = stops
-        self._watch = watch
         self._ended = False
         self._output: Any = None
 
@@ -339,7 +335,7 @@ class _Batch(greenlet):
         self._output = output
         self.parent = getcurrent()
         del output  # this frame must not hold it while the batch runs
-        with self._watch.watching(self.index), self._state.entered(exactly=True):
+        with self._state.entered(exactly=True):
             self.switch()
 
     def end(self) -> None:

@@ -1,23 +1,16 @@
 """Put a model into the state that calibration and pruning need, and restore it."""
 
-from __future__ import annotations
-
 import sys
 import threading
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.backends import mha
 from torch.nn import Module
-from torch.nn.parameter import UninitializedBuffer
 
-from wanda_lightning.calibration.snapshot import ABSENT, Snapshot, set_or_delete
-from wanda_lightning.calibration.torch_internals import is_persistent, write_count
 from wanda_lightning.common.evaluation_mode import evaluating
-from wanda_lightning.core.placeholders import is_unloaded
 
 
 @contextmanager
@@ -28,81 +21,20 @@ def patched(module: Module, name: str, value: object) -> Iterator[None]:
     `nn.Module.__setattr__` would register a module as a child.
     """
     attributes = module.__dict__
-    before = attributes.get(name, ABSENT)
+    before = {name: attributes[name]} if name in attributes else {}
     attributes[name] = value
     try:
         yield
     finally:
-        set_or_delete(attributes, name, before)
+        attributes.pop(name, None)
+        attributes.update(before)
 
 
 @contextmanager
-def pruning_mode(model: Module, corrected: Collection[Module] = ()) -> Iterator[RestoredBuffers]:
-    """Put the model into `calibration_mode`, without gradients and outside of inference mode.
-
-    The buffers of the state dict are restored at the end, except those of modules that are in `corrected` by then.
-    It yields what will be restored, so that a caller can change it.
-    """
+def pruning_mode(model: Module) -> Iterator[None]:
+    """Put the model into `calibration_mode`, without gradients and outside of inference mode."""
     with calibration_mode(model), torch.inference_mode(False), torch.no_grad():
-        buffers = RestoredBuffers(model)
-        try:
-            yield buffers
-        finally:
-            buffers.restore(module for module in buffers.saved if module not in corrected)
-
-
-class _SavedBuffer(NamedTuple):
-    """A buffer of a module, and the values that it is to have again."""
-
-    name: str
-    buffer: Tensor
-    values: Tensor
-    write_count: int
-
-    def restore(self, module: Module) -> None:
-        """Restore the buffer, which a forward may have written into, or replaced by another tensor."""
-        if write_count(self.buffer) != self.write_count:
-            self.buffer.copy_(self.values)
-        setattr(module, self.name, self.buffer)
-
-
-class RestoredBuffers:
-    """The buffers of a model that `pruning_mode` restores, with their values."""
-
-    def __init__(self, model: Module) -> None:
-        self.saved = {module: _saved_buffers(module) for module in model.modules()}
-
-    def restore(self, modules: Iterable[Module]) -> None:
-        """Restore the buffers of some modules."""
-        for module in modules:
-            for saved in self.saved[module]:
-                saved.restore(module)
-
-    @contextmanager
-    def changing(self, modules: Iterable[Module]) -> Iterator[None]:
-        """Restore the buffers of some modules, which may get new values in this block that will be restored instead."""
-        # The others were not in memory, or have none.
-        known = [module for module in {*modules} if self.saved[module]]
-        self.restore(known)
         yield
-        for module in known:
-            self.saved[module] = _saved_buffers(module)
-
-
-def _saved_buffers(module: Module) -> list[_SavedBuffer]:
-    """Return a module's own buffers that a forward may write into, and pruning does not, with their present values.
-
-    Weights and biases are pruned, or quantized and large. Buffers outside the state dict are left alone: they are
-    caches, and attributes that cannot be restored may describe them.
-    """
-    saved = []
-    for name, buffer in module.named_buffers(recurse=False):
-        is_loaded = not (isinstance(buffer, UninitializedBuffer) or is_unloaded(buffer))
-        if is_loaded and is_persistent(module, name) and not name.endswith(("weight", "bias")):
-            # No copy of an inference tensor: outside inference mode, nothing can write into it.
-            values = buffer if buffer.is_inference() else buffer.clone()
-            saved.append(_SavedBuffer(name, buffer, values, write_count(buffer)))
-    return saved
 
 
 @contextmanager
@@ -134,15 +66,15 @@ def _eager_experts(model: Module) -> Iterator[None]:
         module for module in model.modules() if hasattr(module, "set_experts_implementation")
     ]
     # transformers 5.10 cannot tell what was set before, and no release can set a nested configuration to None again.
-    before = Snapshot(vars(each.config) for each in models)
+    before = [dict(vars(each.config)) for each in models]
     for each in models:
         each.set_experts_implementation("eager")
-    changes = list(before.changes())
     try:
         yield
     finally:
-        for change in changes:
-            change.undo()
+        for each, attributes in zip(models, before, strict=True):
+            vars(each.config).clear()
+            vars(each.config).update(attributes)
 
 
 class _PlainCode:

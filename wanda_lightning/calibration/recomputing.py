@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import Context, copy_context
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import Module
 from torch.utils.checkpoint import checkpoint
 
 from wanda_lightning.calibration.pruning_mode import patched
-from wanda_lightning.calibration.surroundings import Replay, modules_around, refuse_transforms
+from wanda_lightning.calibration.surroundings import Replay, refuse_transforms
 from wanda_lightning.calibration.torch_internals import write_count
 from wanda_lightning.calibration.trees import (
     clone_arguments,
@@ -21,27 +22,32 @@ from wanda_lightning.calibration.trees import (
     tensors_within,
 )
 from wanda_lightning.common.aliases import Forward
+from wanda_lightning.common.errors import UserError
+from wanda_lightning.common.float64 import wide_dtype
+
+# Kernels that add in no fixed order may differ by rounding, also in 16 bits.
+_TOLERANCE = 1e-2
 
 
 @contextmanager
-def recomputing(model: Module, blocks: Sequence[Module]) -> Iterator[None]:
+def recomputing(blocks: Sequence[Module]) -> Iterator[None]:
     """Recompute the blocks in every backward pass inside this `with` block; without gradients nothing changes.
 
     Only the inputs of each block are stored until then (Chen et al. 2016, arXiv 1604.06174). A block may take and
-    return any nested structure of tensors. The second run sees the same modes, context variables and attributes of the
-    modules around the block as the first.
+    return any nested structure of tensors. The second run sees the same modes and context variables as the first. It
+    sees attributes of the modules around the block as the forward pass has left them; if the block then computes
+    something else, an error says so.
 
     A block is not recomputed if it
 
     - writes into its arguments, or receives an object with tensors, such as a key-value cache;
-    - sets a context variable, or an attribute of a module around it;
-    - could read a tensor that requires gradients from such a variable or attribute.
+    - sets a context variable;
+    - could read a tensor that requires gradients from such a variable.
     """
-    around = modules_around(model, blocks)
     outside = copy_context()
     with ExitStack() as restored:
         for block in blocks:
-            recomputed = _Recomputed(type(block).__name__, block.forward, around, outside)
+            recomputed = _Recomputed(type(block).__name__, block.forward, outside)
             restored.enter_context(patched(block, "forward", recomputed))
         yield
 
@@ -52,7 +58,6 @@ class _Recomputed:
 
     name: str  # of the class, for a message
     forward: Forward
-    around: Sequence[Module]  # the modules that contain the block
     outside: Context  # the context variables around the whole pass
     writes: bool = False  # into its arguments, or into what is around it
 
@@ -64,18 +69,20 @@ class _Recomputed:
 
         # The graph holds `run`. If `run` held a tensor of the graph, neither would ever be freed.
         tensors, arguments = take_out_tensors((args, kwargs))
-        replay = Replay(self.around, self.outside)
+        replay = Replay(self.outside)
         if tensors_within(arguments) or any(tensor.requires_grad for tensor in replay.tensors()):
             return self.forward(*args, **kwargs)
         # Another block may write into them before the second run.
         arguments = clone_arguments(arguments)
         output_structure = None
+        sums: list[Tensor] = []  # of the first run
 
         def run(anchor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
             nonlocal output_structure
             clones = [tensor.clone() for tensor in tensors]
             output = self._run(replay, filled(clone_arguments(arguments), clones))
             outputs, output_structure = take_out_tensors(output)
+            self._refuse_if_different(sums, outputs)
             if torch.is_grad_enabled() and not any(tensor.requires_grad for tensor in outputs):
                 outputs = [_attached(tensor, anchor) for tensor in outputs]
             return tuple(outputs)
@@ -87,6 +94,18 @@ class _Recomputed:
         if self.writes:
             return self.forward(*args, **kwargs)
         return filled(output_structure, outputs)
+
+    def _refuse_if_different(self, sums: list[Tensor], outputs: Sequence[Tensor]) -> None:
+        """Refuse outputs whose sums are others than in the first run, which only stores them."""
+        again = [tensor.detach().abs().sum(dtype=wide_dtype(tensor)) for tensor in outputs]
+        if not sums:
+            sums.extend(again)
+        elif not all(map(partial(torch.allclose, rtol=_TOLERANCE, equal_nan=True), sums, again)):
+            raise UserError(
+                f"{self.name} must compute the same when it runs again in the backward pass, but it does not: the "
+                "model changes something between its blocks that they read. Use allocation='uniform' and "
+                "recovery='none', or by='equal'."
+            )
 
     def _run(self, replay: Replay, arguments: Any) -> Any:
         """Run the forward, and note whether it writes into its arguments or into what is around it."""

@@ -173,28 +173,24 @@ class Samples:
             self._batches = chain([sample.batch for sample in first], batches)
         return first
 
-    def first_samples(self, count: int) -> list[Sample]:
-        """Return this process's part of the first `count` samples, which are taken from all processes in turn.
-
-        They are the same for any number of processes if a sampler deals the samples in turn, as Lightning's does.
-        """
+    def first_sample(self) -> Sample | None:
+        """Return the first sample, in the first process that has any; None in the others."""
         with self.processes.fail_together():
-            batches = self.first_batches(count)
-        available = min(count, sum(sample.size for sample in batches))
+            batches = [batch for batch in self.first_batches(1) if batch.size]
+        has_any = [bool(number) for (number,) in self.processes.all_gather([len(batches)])]
+        if not batches or has_any.index(True) != self.processes.rank:
+            return None
+        return self.subset(batches[0], 0, 1)
 
-        # All processes compute the same order, in which each finds its own turns.
-        turns = []
-        for rank, (samples,) in enumerate(self.processes.all_gather([available])):
-            turns += [(turn, rank) for turn in range(samples)]
-        chosen = sorted(turns)[:count]
-        left = sum(rank == self.processes.rank for _, rank in chosen)
-
-        first = []
-        for sample in batches:
-            if left > 0:
-                first.append(self.subset(sample, 0, min(left, sample.size)))
-            left -= sample.size
-        return first
+    def common_sample(self) -> Sample | None:
+        """Return the first sample of all processes, in each of them; None if there is none."""
+        sample = self.first_sample()
+        for source in range(self.processes.world_size):
+            batch = self.processes.broadcast(None if sample is None else sample.batch, source)
+            if batch is not None:
+                device = next(self._model.parameters()).device
+                return sample or self._sample(to_device(batch, device), 0, 1)
+        return None
 
     def count(self) -> None:
         """Count the batches without running them; there may be none."""
@@ -229,7 +225,7 @@ def _checked(batches: object, reader: object) -> Iterable[Any]:
     problem = "none were given" if batches is None else f"a {type(batches).__name__} was given"
     raise UserError(
         f"batches must be a list of batches or a dataloader, since {reader} reads calibration data, but "
-        f"{problem}. Give batches, or choices that read none, such as method='magnitude'."
+        f"{problem}. Give batches; prune with method='magnitude' reads none."
     )
 
 

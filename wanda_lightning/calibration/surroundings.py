@@ -7,7 +7,7 @@ of its modules runs. What a model keeps elsewhere is not kept apart: `lockstep_c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass
@@ -17,10 +17,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 from torch.backends import cuda
-from torch.nn import Module
 
 from wanda_lightning.calibration.interception import WeightInterceptor
-from wanda_lightning.calibration.snapshot import ABSENT, Snapshot
 from wanda_lightning.calibration.torch_internals import (
     active_modes,
     inside_transform,
@@ -30,6 +28,7 @@ from wanda_lightning.calibration.trees import clone_arguments, tensors_within
 from wanda_lightning.common.errors import UserError
 
 _Result = TypeVar("_Result")
+_ABSENT = object()
 
 
 class Pass(Protocol):
@@ -83,59 +82,40 @@ class Surroundings:
 def _set_inside(context: Context, outside: Context) -> Iterator[tuple[ContextVar[Any], Any]]:
     """Yield the context variables that have another value than outside."""
     for variable, value in context.items():
-        if outside.get(variable, ABSENT) is not value:
+        if outside.get(variable, _ABSENT) is not value:
             yield variable, value
 
 
 class Replay:
     """Runs a function again in the surroundings that it first had, as a backward pass does with a block.
 
-    `modules` are those around the block, whose attributes it may read; `outside` are the context variables around the
-    whole pass.
+    `outside` are the context variables around the whole pass.
     """
 
-    def __init__(self, modules: Sequence[Module], outside: Context) -> None:
+    def __init__(self, outside: Context) -> None:
         self._outside = outside
         self._state = TorchState()
         self._context = copy_context()
-        self._places = [vars(module) for module in modules]
-        self._attributes = Snapshot(self._places)
 
     def tensors(self) -> list[Tensor]:
-        """Return the tensors that the model has left for the function, in context variables and attributes."""
-        variables = [value for _, value in _set_inside(self._context, self._outside)]
-        attributes = [
-            value
-            for name, value in self._attributes.items()
-            if name not in _OF_MODULES and isinstance(value, Tensor | list | tuple | dict)
-        ]
-        return tensors_within([variables, attributes])
+        """Return the tensors that the model has left for the function in context variables."""
+        return tensors_within([value for _, value in _set_inside(self._context, self._outside)])
 
     def run(self, function: Callable[[], _Result]) -> tuple[_Result, bool]:
-        """Run the function, and take back what it sets; also return whether it has set anything."""
-        present = Snapshot(self._places)
+        """Run the function, and take back the variables that it sets; also return whether it has set any."""
         gradients = torch.is_grad_enabled()
         context = self._context.copy()
-        try:
-            self._attributes.restore()
-            with self._state.entered(exactly=True), torch.set_grad_enabled(gradients):
-                result = context.run(function)
-            has_set = any(True for _ in _set_inside(context, self._context))
-            return result, has_set or any(True for _ in self._attributes.changes())
-        finally:
-            present.restore()
-
-
-# The attributes that `nn.Module` keeps for itself.
-_OF_MODULES = vars(Module()).keys()
+        with self._state.entered(exactly=True), torch.set_grad_enabled(gradients):
+            result = context.run(function)
+        return result, any(True for _ in _set_inside(context, self._context))
 
 
 class TorchState:
     """The state of PyTorch at the time of construction.
 
-    Gradients, inference mode, autocast, the stream with its device, the default device and dtype, the kernels of
-    attention, anomaly mode, and the modes of functions and dispatch: a model may change them between two stops, where
-    other samples and the scheduler run.
+    Gradients, inference mode, autocast, the default dtype, the kernels of attention, and the modes of functions (with
+    the default device): a model may change them between two stops, where other samples and the scheduler
+    run. No library whose models are tested changes another state there, such as the stream.
     """
 
     def __init__(self) -> None:
@@ -143,13 +123,11 @@ class TorchState:
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         if accelerator:
             devices.append(accelerator.type)
-        self._stream = _current_stream()
         self._inference = torch.is_inference_mode_enabled()
         self._gradients = torch.is_grad_enabled()
         self._autocast = [_present_autocast(device) for device in devices]
-        self._default_device = torch.get_default_device()
         self._settings = [setting.read() for setting in _SETTINGS]
-        self._functions, self._dispatch = active_modes()
+        self._functions = active_modes()
 
     @contextmanager
     def entered(self, exactly: bool = False) -> Iterator[None]:
@@ -159,8 +137,6 @@ class TorchState:
         entered `exactly`.
         """
         with ExitStack() as stack:
-            stack.callback(_set_stream, _current_stream())
-            _set_stream(self._stream)
             stack.enter_context(torch.inference_mode(self._inference))
             stack.enter_context(torch.set_grad_enabled(self._gradients))
 
@@ -172,11 +148,9 @@ class TorchState:
 
             present = active_modes()
             stack.callback(set_active_modes, present)
-            functions = self._functions if exactly else _nested(present[0], self._functions)
-            set_active_modes([functions, self._dispatch])
+            functions = self._functions if exactly else _nested(present, self._functions)
+            set_active_modes(functions)
 
-            if self._default_device != torch.get_default_device():
-                stack.enter_context(self._default_device)
             for autocast in self._autocast:
                 stack.enter_context(autocast())
             yield
@@ -203,27 +177,6 @@ def refuse_transforms(name: str) -> None:
         )
 
 
-def _current_stream() -> torch.Stream | None:
-    """Return the current stream, which determines the current device; None before the accelerator is used."""
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None:
-        return None
-    # `mps` has no such function, and a single stream.
-    is_initialized = getattr(torch.get_device_module(accelerator), "is_initialized", None)
-    if is_initialized is None or not is_initialized():
-        return None
-    return torch.accelerator.current_stream()
-
-
-def _set_stream(stream: torch.Stream | None) -> None:
-    if stream and stream != torch.accelerator.current_stream():
-        torch.accelerator.set_stream(stream)  # changes the current device, too
-
-
-def _anomaly_mode() -> tuple[bool, bool]:
-    return torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
-
-
 class _Setting(NamedTuple):
     """A setting of the whole process."""
 
@@ -233,7 +186,6 @@ class _Setting(NamedTuple):
 
 _SETTINGS = (
     _Setting(torch.get_default_dtype, torch.set_default_dtype),
-    _Setting(_anomaly_mode, lambda mode: torch.set_anomaly_enabled(*mode)),
     _Setting(cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
     _Setting(cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
     _Setting(cuda.math_sdp_enabled, cuda.enable_math_sdp),
@@ -253,13 +205,3 @@ def _nested(outer: Sequence[Any], inner: Sequence[Any]) -> list[Any]:
         common += 1
     of_batch = [mode for mode in inner[common:] if not isinstance(mode, WeightInterceptor)]
     return [*outer, *of_batch]
-
-
-def modules_around(model: Module, modules: Collection[Module]) -> list[Module]:
-    """Return the modules of a model that contain at least one of the given modules, without these."""
-    inner = {*modules}
-    return [
-        module
-        for module in model.modules()
-        if module not in inner and not inner.isdisjoint(module.modules())
-    ]

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, overrides
 from torch.autograd import forward_ad
 from torch.nn import Module
-from torch.utils import _python_dispatch
 
 # Where `Module.compile` keeps the code that a call runs instead of `forward`.
 COMPILED_CALL = "_compiled_call_impl"
@@ -26,11 +25,6 @@ def is_compiled(module: Module) -> bool:
 def write_count(tensor: Tensor) -> int:
     """Return how often a tensor was written to; always 0 for a tensor of inference mode, which does not count it."""
     return 0 if tensor.is_inference() else tensor._version
-
-
-def is_persistent(module: Module, buffer_name: str) -> bool:
-    """Return whether a buffer is in the state dict."""
-    return buffer_name not in module._non_persistent_buffers_set
 
 
 def is_transformed(tensor: Tensor) -> bool:
@@ -50,21 +44,19 @@ def inside_transform() -> bool:
     )
 
 
-def active_modes() -> list[Sequence[Any]]:
-    """Return the modes of torch functions and those of dispatch, the innermost last."""
-    functions = overrides._get_current_function_mode_stack()
-    return [list(functions), list(_python_dispatch._get_current_dispatch_mode_stack())]
+def active_modes() -> list[Any]:
+    """Return the modes of torch functions, the innermost last."""
+    return list(overrides._get_current_function_mode_stack())
 
 
-def set_active_modes(modes: Sequence[Sequence[Any]]) -> None:
-    """Replace the modes of torch functions and those of dispatch."""
-    modules = overrides, _python_dispatch
-    for module, current, wanted in zip(modules, active_modes(), modes, strict=True):
-        if current != wanted:
-            for _ in current:
-                module._pop_mode()
-            for mode in wanted:
-                module._push_mode(mode)
+def set_active_modes(modes: Sequence[Any]) -> None:
+    """Replace the modes of torch functions."""
+    current = active_modes()
+    if current != modes:
+        for _ in current:
+            overrides._pop_mode()
+        for mode in modes:
+            overrides._push_mode(mode)
 
 
 def visible_attention(*args: Any, **kwargs: Any) -> Any:

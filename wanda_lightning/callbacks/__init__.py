@@ -15,4 +15,5 @@ from wanda_lightning.callbacks.schedules import (
     OneShot as OneShot,
     Schedule as Schedule,
 )
+from wanda_lightning.callbacks.shrinking import ShrinkCallback as ShrinkCallback
 from wanda_lightning.callbacks.zeros import KeepZeros as KeepZeros

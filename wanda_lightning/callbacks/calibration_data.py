@@ -138,7 +138,12 @@ class CalibrationData:
             loader = _single(self.trainer.train_dataloader, "train")
             return _independent_copy(loader), "the train dataloader"
 
-        # In an evaluation, Lightning has made no train dataloader.
+        # In `setup`, Lightning has made no dataloader yet.
+        is_fit = self.trainer.state.fn == "fit"
+        if is_fit and (source := self.trainer.fit_loop._data_source).is_defined():
+            return _single(source.dataloader(), "train"), "the train dataloader"
+
+        # In an evaluation, it makes no train dataloader.
         for holder in self._holders:
             if is_overridden("train_dataloader", holder):
                 if holder is not self.module:
@@ -150,6 +155,9 @@ class CalibrationData:
             loaders = getattr(self.trainer, f"{kind}_dataloaders")
             if loaders is not None:
                 return _independent_copy(_single(loaders, kind)), f"the {kind} dataloader"
+        loop: Any = None if is_fit else self.trainer._active_loop
+        if loop is not None and loop._data_source.is_defined():
+            return _single(loop._data_source.dataloader(), "evaluation"), "the dataloader"
 
         raise MisconfigurationException(
             "dataloader must be given, or calibration_dataloader() defined, since there is no other data to calibrate "

@@ -34,7 +34,6 @@ def check_options(
     # Whether the row applies, the option, and what is wrong with it.
     rows = (
         (dataloader is not None, "dataloader", "has other batches"),
-        (pattern.why_not_passive, "pattern", pattern.why_not_passive),
         (config.sequential != "none", "sequential", "runs pruned layers"),
         (config.allocation.reads_gradients, "allocation", "needs backward passes"),
         (config.reads_gradients, "pattern", "needs backward passes"),
@@ -63,11 +62,6 @@ def refuse_training(
     stages_left = sum(share > state.share for _, share in schedule.stages)
 
     rows = (
-        (
-            config.pattern.changes_shapes and state.share < 1,
-            f"{config.shown('pattern')} replaces parameters by smaller ones, which the optimizer would not see. Drop "
-            "experts before training, with prune(model, batches, ...) or trainer.validate.",
-        ),
         (
             last > end,
             f"schedule must end while the model trains, but {schedule} ends at optimizer step {last} and training "

@@ -288,7 +288,7 @@ def dense_model(dense: Dense, pl_module: LightningModule, name: str | None) -> n
     elif isinstance(dense, nn.Module):
         model = dense
     else:
-        loader: Any = pl_module  # see `PrunableModule`
+        loader: Any = pl_module  # see docs/lightning_module.md
         model = loader.load_dense_model(dense)
 
     zeros = _zeros_of_pruning(model)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -22,12 +22,15 @@ from wanda_lightning.common import checks
 from wanda_lightning.common.aliases import Kwargs, StrPath
 from wanda_lightning.common.atomic_write import require_writable
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
-from wanda_lightning.engine.prune import prune_as, prune_collected, rehearse
+from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, config_of
+from wanda_lightning.core import Wanda, ZeroOut
 from wanda_lightning.loop.plan import Plan, make_plan
+from wanda_lightning.loop.steps import begin
 from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.report import PruningReport
 from wanda_lightning.training.held_zeros import sharded_layers, zeros_of
+from wanda_lightning.verbs.prune import prune_collected, rehearse
+from wanda_lightning.verbs.prune_weights import prune_weights
 
 
 class PruningCallback(ZerosCallback):
@@ -43,8 +46,9 @@ class PruningCallback(ZerosCallback):
     The calibration data come from the first of these that exists: `dataloader`; `calibration_dataloader()` of the
     datamodule, then of the module; the train dataloader; the validation, test or predict dataloader of the loop that
     runs. The callback uses the first `num_samples` samples, and does not cut a batch whose tensors have different
-    lengths. A batch runs through the module in the Trainer's precision. `PrunableModule` lists what a module may define
-    for that. Layer names are relative to its `pruning_target` (our modules give the names of Hugging Face and timm).
+    lengths. A batch runs through the module in the Trainer's precision. docs/lightning_module.md lists what a module
+    may define for that. Layer names are relative to its `pruning_target` (our modules give the names of Hugging Face
+    and timm).
 
     After pruning, `trainer.callback_metrics` and the loggers have `sparsity/model`, `sparsity/pruned_layers` and the
     sparsity of each layer. Use `BestAfterPruning` to keep the best checkpoint. To prune at another moment, override
@@ -56,7 +60,6 @@ class PruningCallback(ZerosCallback):
         dataloader: The calibration data.
         keep_zeros: Keep the zeros while the model trains.
         report_dir: Folder to which `pruning_report.json` is saved.
-        report_page: Page (`.html`) or picture (`.png`) of the report to write. It needs the extra `report`.
         at_step: Number of optimizer steps before pruning.
         schedule: Instead of `at_step`: `CubicSchedule(...)`, `LinearSchedule(...)`, `OneShot(...)`, or your own.
         calibrate_on: `"validation"` collects statistics from Lightning's own validation loop, without an extra pass,
@@ -67,7 +70,6 @@ class PruningCallback(ZerosCallback):
             `solver`, `recovery`, `sequential`, `skip`, `only`, `keep_batch_norm`.
 
     Raises:
-        ImportError: If a library that writes the `report_page` is missing.
         ValueError: If a value is out of range, or choices contradict each other. When a loop starts: if the model
             cannot be pruned as requested, now or at a later stage, for which one batch runs through the model, unless
             the data is an iterator or an `IterableDataset`.
@@ -75,7 +77,7 @@ class PruningCallback(ZerosCallback):
             pruned, or training ends before the last stage.
     """
 
-    _default_method: str | None = None
+    _remove: ClassVar = staticmethod(prune_weights)
 
     def __init__(
         self,
@@ -85,31 +87,13 @@ class PruningCallback(ZerosCallback):
         dataloader: Iterable[Any] | None = None,
         keep_zeros: bool = True,
         report_dir: StrPath | None = None,
-        report_page: StrPath | None = None,
         at_step: int = 0,
         schedule: Schedule | None = None,
         calibrate_on: Literal["calibration", "validation"] = "calibration",
         **choices: Unpack[PruningChoices],
     ) -> None:
         super().__init__()
-        if self._default_method is not None:
-            if isinstance(sparsity, PruningConfig):
-                raise UserError(
-                    f"{type(self).__name__} takes a sparsity and choices, but it got a PruningConfig. Use "
-                    "PruningCallback(config)."
-                )
-            method = choices.get("method") or self._default_method
-            if method != self._default_method:
-                raise UserError(
-                    f"method must be {self._default_method!r} for {type(self).__name__}, but it is {method!r}. Use "
-                    f"PruningCallback({sparsity}, method={method!r})."
-                )
-            choices["method"] = method
-        check_choices(sparsity, choices, PruningCallback)
-        if isinstance(sparsity, PruningConfig):
-            self.config = sparsity
-        else:
-            self.config = PruningConfig(sparsity, **choices)
+        self.config = self._config_of(sparsity, **choices)
         if calibrate_on == "validation" and self.config.sequential in ("auto", "one_pass"):
             # The statistics of a validation loop are those of the dense model.
             self.config = replace(self.config, sequential="none")
@@ -117,15 +101,11 @@ class PruningCallback(ZerosCallback):
         conflicts.check_options(self.config, self.schedule, calibrate_on, dataloader)
         checks.check_at_least(1, num_samples=num_samples)
 
-        if report_page is not None:
-            checks.check_report_path(report_page, "report_page")
-
         self.num_samples = num_samples
         self.dataloader = dataloader
         self.calibrate_on = calibrate_on
         self.keep_zeros = keep_zeros
         self.report_dir = report_dir
-        self.report_page = report_page
 
         described = self.config.describe()
         # A resumed run must not change these.
@@ -136,6 +116,11 @@ class PruningCallback(ZerosCallback):
         self._final_plan: Plan | None = None
         self._planned_modules: list[Module] = []
         self._validation: ValidationStatistics | None = None  # while a loop is calibrated on
+
+    def _config_of(
+        self, sparsity: float | PruningConfig, **choices: Unpack[PruningChoices]
+    ) -> PruningConfig:
+        return config_of(sparsity, PruningCallback, **choices)
 
     @property
     def report(self) -> PruningReport | None:
@@ -166,13 +151,12 @@ class PruningCallback(ZerosCallback):
     # What Lightning calls, in the order of a run.
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse an unsupported strategy, and a `report_dir` or `report_page` that cannot be written."""
+        """Refuse an unsupported strategy, and a `report_dir` that cannot be written."""
         # One object for all that communicates: it knows whether another process has failed already.
         self._processes = processes_of(trainer)
         with self._processes.fail_together():
-            for path, kind in ((self.report_dir, "folder"), (self.report_page, "file")):
-                if path is not None and trainer.is_global_zero:
-                    require_writable(path, overwrite=True, kind=kind)
+            if self.report_dir is not None and trainer.is_global_zero:
+                require_writable(self.report_dir, overwrite=True, kind="folder")
 
     def load_state_dict(self, state_dict: Kwargs) -> None:
         """Restore the state; refuse that of a run with another sparsity or pattern."""
@@ -357,13 +341,14 @@ class PruningCallback(ZerosCallback):
     def _prune(self, trainer: Trainer) -> None:
         """Prune to the share of the current stage, and publish the report."""
         with self._calibration(trainer) as data:
-            report = prune_as(
+            run = begin(
                 self._current_plan(trainer),
                 data.batches(),
-                forward=data.forward,
-                predict=data.predict,
-                progress=shows_progress(trainer),
+                data.forward,
+                data.predict,
+                shows_progress(trainer),
             )
+            report = self._remove(run)
         self._publish(report, trainer)
 
     def _publish(self, report: PruningReport, trainer: Trainer) -> None:
@@ -380,11 +365,8 @@ class PruningCallback(ZerosCallback):
             logger.log_metrics(report.metrics(), step=trainer.global_step)
         set_metrics(report, trainer)
 
-        if trainer.is_global_zero and not is_dry_run(trainer):
-            if self.report_dir is not None:
-                report.save(self.report_dir)
-            if self.report_page is not None:
-                report.save(self.report_page)
+        if self.report_dir is not None and trainer.is_global_zero and not is_dry_run(trainer):
+            report.save(self.report_dir)
 
     def _hold_zeros(self, trainer: Trainer) -> None:
         """Keep the zeros of all stages so far, in the weights and in copies of them."""
@@ -400,9 +382,14 @@ class PruningCallback(ZerosCallback):
 
 
 class WandaPrune(PruningCallback):
-    """`PruningCallback(method="wanda")`: by weight magnitude times input norm, within each row (Sun et al. 2024).
+    """`PruningCallback` that prunes by Wanda: by weight magnitude times input norm (Sun et al. 2024)."""
 
-    It takes a sparsity and choices, but no `PruningConfig`, which would choose the method itself.
-    """
-
-    _default_method = "wanda"
+    def _config_of(
+        self, sparsity: float | PruningConfig, **choices: Unpack[PruningChoices]
+    ) -> PruningConfig:
+        config = super()._config_of(sparsity, **choices)
+        if not (isinstance(config.criterion, Wanda) and isinstance(config.solver, ZeroOut)):
+            raise UserError(
+                "WandaPrune prunes by Wanda, but another method was chosen. Use PruningCallback."
+            )
+        return config

@@ -1,6 +1,5 @@
 """Keep the best checkpoint of a pruned model, and save the trained model as a folder that its own library loads."""
 
-import inspect
 import os
 import tempfile
 from dataclasses import replace
@@ -12,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn import Module
 
@@ -22,10 +21,10 @@ from wanda_lightning.callbacks.zeros import zeros_callbacks
 from wanda_lightning.common.aliases import StrPath
 from wanda_lightning.common.atomic_write import atomic_write, require_writable, resolve_path
 from wanda_lightning.common.checks import check_flags
-from wanda_lightning.common.errors import UserError
 from wanda_lightning.hub.card import write_card
 from wanda_lightning.models import count_parameters
 from wanda_lightning.report import PruningReport
+from wanda_lightning.report.descriptions import fate
 from wanda_lightning.training.held_zeros import zeros_of
 
 
@@ -83,7 +82,7 @@ def _is_pruned(trainer: Trainer) -> bool:
 
 
 class SavePretrained(Callback):
-    """Save the model when training ends, with the module's own `save_pretrained` (see `PrunableModule`).
+    """Save the model when training ends, with the module's own `save_pretrained` (see docs/lightning_module.md).
 
     If the folder was filled while the model trained, the model is saved next to it, such as in `out-2`, with a warning.
     If saving fails, the state dict of the module is written next to the folder, as `out-state.pt`, and the error says
@@ -94,8 +93,6 @@ class SavePretrained(Callback):
     Args:
         folder: Where to save.
         overwrite: Replace a model that is already in the folder.
-        shrink: Leave out hidden units that are zero on both sides, as after `pattern="structured"`; with a warning if
-            the module cannot.
 
     Raises:
         FileExistsError: When training starts, if the folder is not empty and `overwrite` is false.
@@ -104,16 +101,10 @@ class SavePretrained(Callback):
             the whole model.
     """
 
-    def __init__(
-        self,
-        folder: StrPath,
-        overwrite: bool = False,
-        shrink: bool = False,
-    ) -> None:
-        check_flags(overwrite=overwrite, shrink=shrink)
+    def __init__(self, folder: StrPath, overwrite: bool = False) -> None:
+        check_flags(overwrite=overwrite)
         self.folder = folder
         self.overwrite = overwrite
-        self.shrink = shrink
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a folder that cannot be written, or a model that cannot be saved."""
@@ -137,14 +128,10 @@ class SavePretrained(Callback):
                 require_writable(self.folder, self.overwrite)
 
     def _refuse_without_method(self, pl_module: LightningModule) -> None:
-        """Raise an error for a module whose `save_pretrained` is missing or does not take what it will get."""
-        save = getattr(pl_module, "save_pretrained", None)
-        if not callable(save) or (
-            self.shrink and "shrink" not in inspect.signature(save).parameters
-        ):
-            arguments = "folder, overwrite, shrink=True" if self.shrink else "folder, overwrite"
+        """Raise an error for a module without `save_pretrained`."""
+        if not callable(getattr(pl_module, "save_pretrained", None)):
             raise MisconfigurationException(
-                f"SavePretrained calls save_pretrained({arguments}), but {type(pl_module).__name__} has no such "
+                f"SavePretrained calls save_pretrained(folder, overwrite), but {type(pl_module).__name__} has no such "
                 "method. Define it, or use Lightning's ModelCheckpoint."
             )
 
@@ -153,17 +140,16 @@ class SavePretrained(Callback):
         if is_dry_run(trainer):
             return
         try:
-            saved = self._merge_and_save(trainer, pl_module)
-            if saved:
-                folder, is_shrunk = saved
-                self._write_card(folder, is_shrunk, trainer)
+            folder = self._merge_and_save(trainer, pl_module)
+            if folder is not None:
+                _write_card(folder, trainer)
         finally:  # also if saving fails
             trainer.strategy.barrier("SavePretrained")
 
-    def _merge_and_save(self, trainer: Trainer, pl_module: Any) -> tuple[Path, bool] | None:
+    def _merge_and_save(self, trainer: Trainer, pl_module: Any) -> Path | None:
         """Save the model in the first process, or else at least its state dict, with an error that says so.
 
-        Return the folder, and whether hidden units were left out.
+        Return the folder.
         """
         try:
             if callable(getattr(pl_module, "merge", None)):
@@ -177,7 +163,7 @@ class SavePretrained(Callback):
                 f"{self._save_state(pl_module)}: load them with module.load_state_dict(torch.load(PATH))."
             ) from error
 
-    def _save(self, pl_module: Any) -> tuple[Path, bool]:
+    def _save(self, pl_module: Any) -> Path:
         folder = Path(self.folder)
         try:
             require_writable(folder, self.overwrite)
@@ -187,15 +173,8 @@ class SavePretrained(Callback):
                 f"{self.folder} was written to while the model trained, so the model is saved in {folder}."
             )
 
-        if self.shrink:
-            try:
-                shrunk = pl_module.save_pretrained(folder, overwrite=self.overwrite, shrink=True)
-                rank_zero_info(f"SavePretrained: {shrunk}")
-                return folder, True
-            except UserError as error:
-                rank_zero_warn(f"The model is saved with its zeros. {error}")
         pl_module.save_pretrained(folder, overwrite=self.overwrite)
-        return folder, False
+        return folder
 
     def _save_state(self, pl_module: LightningModule) -> Path:
         """Write the state dict next to the folder, or else into the folder for temporary files; return where it is."""
@@ -210,15 +189,16 @@ class SavePretrained(Callback):
             torch.save(pl_module.state_dict(), path)
         return path
 
-    def _write_card(self, folder: Path, is_shrunk: bool, trainer: Trainer) -> None:
-        """Write the card of a model that the latest pruning callback of the Trainer has pruned."""
-        reports = [callback.report for callback in zeros_callbacks(trainer) if callback.report]
-        if not reports:
-            return
-        report = _after_training(reports[-1], pruning_target(trainer.lightning_module))
-        if is_shrunk:
-            report = report.marked_as_shrunk()
-        write_card(folder, report, trained_steps=trainer.global_step)
+
+def _write_card(folder: Path, trainer: Trainer) -> None:
+    """Write the card of a model that the latest pruning callback of the Trainer has pruned."""
+    reports = [callback.report for callback in zeros_callbacks(trainer) if callback.report]
+    if not reports:
+        return
+    report = reports[-1]
+    if fate(report) == "are zero":
+        report = _after_training(report, pruning_target(trainer.lightning_module))
+    write_card(folder, report, trained_steps=trainer.global_step)
 
 
 def _after_training(report: PruningReport, model: Module) -> PruningReport:

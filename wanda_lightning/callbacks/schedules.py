@@ -120,10 +120,6 @@ def schedule_of(at_step: int, schedule: Schedule | None) -> Schedule:
     return schedule
 
 
-# Checkpoints keep the names that these fields had in older versions, which read them, too.
-_NAMES_IN_CHECKPOINTS = {"last_asked_step": "asked_at", "awaits_validation": "due"}
-
-
 @dataclass
 class PruningState:
     """The progress of a callback. It does not store which weights are zero, since the weights show it.
@@ -160,17 +156,13 @@ class PruningState:
     def describes(self, zeros: Mapping[str, int]) -> bool:
         """Whether a model with layers of these zeros can be the pruned one.
 
-        Each layer then has half of the recorded zeros or more; if whole experts have left, there are fewer layers.
+        Each layer then has half of the recorded zeros or more.
         """
-        if self.report and not self.zeros:
-            layers = self.report.layers
-            kept = sum(layer.sparsity < 1 for layer in layers)
-            return sum(layer.name in zeros for layer in layers) <= kept
         return all(2 * zeros.get(name, 0) >= count for name, count in self.zeros.items())
 
     def to_checkpoint(self) -> Kwargs:
         """Return plain data and tensors, which `torch.load(weights_only=True)` can read without this package."""
-        saved = {_NAMES_IN_CHECKPOINTS.get(name, name): value for name, value in vars(self).items()}
+        saved = dict(vars(self))
         if self.report:
             saved["report"] = self.report.to_json()
         return saved
@@ -188,10 +180,7 @@ class PruningState:
             )
 
         state = cls({})
-        for field_name, default in vars(state).items():
-            # Older versions saved fewer fields.
-            saved_name = _NAMES_IN_CHECKPOINTS.get(field_name, field_name)
-            setattr(state, field_name, saved.get(saved_name, default))
+        vars(state).update(saved)
 
         state.report = None
         if saved.get("report"):

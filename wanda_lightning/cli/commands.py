@@ -12,14 +12,14 @@ import wanda_lightning
 from wanda_lightning.cli.options import (
     Data,
     File,
-    Folder,
+    JobOptions,
     Measurements,
     Model,
     Models,
-    PruneOptions,
     Pruning,
     Results,
     Session,
+    Shrinking,
     given_in,
     read_files,
     values_of,
@@ -27,6 +27,7 @@ from wanda_lightning.cli.options import (
 from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
+from wanda_lightning.shrink_config import ShrinkConfig
 
 
 def _shown_default(value: object) -> str | None:
@@ -39,7 +40,9 @@ def _shown_default(value: object) -> str | None:
 app = App(
     name="wanda-lightning",
     help="Prune language models, embedding models and image classifiers in one shot.",
+    help_flags=("--help", "-h", "--help_all"),
     help_format="plaintext",
+    help_epilogue="COMMAND --help_all also lists the rare options of a command.",
     version=lambda: f"wanda_lightning {wanda_lightning.__version__}",
     default_parameter=Parameter(
         negative=(), name_transform=lambda name: name, show_default=_shown_default
@@ -60,25 +63,33 @@ def prune(
     """Prune a language model, an embedding model or an image classifier, and measure it before and after."""
     refuse(model, pruning, data, results)
     config = PruningConfig(**pruning.choices)  # which imports torch
-    from wanda_lightning.cli import prune_command
+    from wanda_lightning.cli.run_job import run_job
 
-    prune_command.prune(config, PruneOptions(model, pruning, data, results))
+    run_job((config,), JobOptions(model, pruning, data, results))
 
 
 @app.command
 def shrink(
     model: Model,
-    results: Folder = Folder(),
+    shrinking: Shrinking = Shrinking(),
+    data: Data = Data(),
+    results: Results = Results(),
     session: Session = Session(),
 ) -> None:
-    """Take out the hidden units that are zero, as prune --pattern structured leaves them, and save the rest.
+    """Take hidden units or experts out of a model, and measure it before and after.
 
-    Without --save_model, what could be taken out is only shown.
+    Without --units, --experts and --max_size, the units leave that are zero; nothing is measured then.
     """
-    refuse(model, results)
-    from wanda_lightning.cli import shrink_command
+    refuse(model, shrinking, data, results)
+    config = ShrinkConfig(**vars(shrinking))  # which imports torch
+    if config.parts:
+        from wanda_lightning.cli.run_job import run_job
 
-    shrink_command.shrink(model, results)
+        run_job(config.parts, JobOptions(model, shrinking, data, results))
+    else:
+        from wanda_lightning.cli import shrink_command
+
+        shrink_command.take_out_zeros(model, results)
 
 
 @app.command
@@ -153,17 +164,24 @@ def _ignored(models: Model, values: Kwargs) -> Iterator[tuple[str, str]]:
     if not (values.get("tasks") or values.get("eval_zero_shot")):
         yield "a command without tasks", "tasks_dir task_limit num_fewshot apply_chat_template"
     if not values.get("save_model"):
-        yield "a command without --save_model", "shrink stream"
-    if not pattern.startswith("structured"):
-        yield f"--pattern {pattern}", "shrink"
+        yield "a command without --save_model", "stream"
+    if _takes_out_zeros(values):
+        unread = "calibration num_samples packing seed data checkpoint evaluation limit seqlen batch_size "
+        unread += "eval_zero_shot save report device"
+        yield "shrink without --units, --experts and --max_size", unread
     if values.get("stream"):
         yield "--stream", "eval_zero_shot"
         if "self" in values.get("calibration", ()):
             yield "--stream", "calibration"
     else:
-        yield "pruning without --stream, which uses a GPU if there is one", "device"
+        yield "a run without --stream, which uses a GPU if there is one", "device"
     if not any(values.get(name) for name in ("save", "save_model", "report")):
         yield "a command that writes nothing", "overwrite"
+
+
+def _takes_out_zeros(values: Kwargs) -> bool:
+    """Whether this is `shrink` without an amount, which reads no data."""
+    return all(values.get(name, "") is None for name in ("units", "experts", "max_size"))
 
 
 def _ignored_by_kind(models: Model, values: Kwargs) -> Iterator[tuple[str, str]]:
@@ -192,7 +210,7 @@ def _refuse_missing(models: Model, values: Kwargs) -> None:
     if not models.is_image:
         for name in models.all:
             models.source(name).locate()
-    elif "data" in values:
+    elif "data" in values and not _takes_out_zeros(values):
         from wanda_lightning.data.image_sources import check_source
 
         check_source(values["data"] or "")

@@ -3,29 +3,18 @@
 from itertools import groupby
 from typing import Any
 
-import torch
-from rich.filesize import decimal
 from rich.markup import escape
 from rich.table import Table
 
-from wanda_lightning.cli.model_and_data import window_length
 from wanda_lightning.cli.options import Model
 from wanda_lightning.cli.printing import print_line, print_table
 from wanda_lightning.common.wording import quantity
 from wanda_lightning.config import PruningConfig
-from wanda_lightning.experts.mixture_checks import refuse_without_mixtures
 from wanda_lightning.loop.coverage import low_coverage, unfit_layers
 from wanda_lightning.loop.plan import config_for, refuse_nothing_to_prune
 from wanda_lightning.models import Inventory, Stop, find_layers, number_of_parameters
 from wanda_lightning.modules.model_loading import check_source, model_from_config
 from wanda_lightning.report import skipped_table
-
-_NOTES = {
-    "units": "--pattern structured prunes only those of these layers that write or read hidden units.",
-    "experts": "--pattern experts removes whole experts, and leaves the layers outside of the experts as they are.",
-}
-# The calibration windows for which the memory is estimated, as many as `prune` uses by default.
-_WINDOWS = 128
 
 
 def inspect(config: PruningConfig, options: Model) -> None:
@@ -54,34 +43,7 @@ def inspect(config: PruningConfig, options: Model) -> None:
     for note in (unfit_layers(inventory), low_coverage(inventory)):
         if note is not None:
             print_line(f"Note: {note.text}")
-    if config.pattern.removes in _NOTES:
-        print_line(f"Note: {_NOTES[config.pattern.removes]}")
     refuse_nothing_to_prune(config, inventory)
-    refuse_without_mixtures(config, model, inventory)
-    if options.is_language:
-        print_line(_memory(model, inventory, options))
-
-
-def _memory(model: Any, inventory: Inventory, options: Model) -> str:
-    """Describe the memory that grows with the model and with the samples when a model is pruned from disk."""
-    dtype = model.config.dtype or model.dtype
-    if options.dtype != "auto":
-        dtype = getattr(torch, options.dtype)
-
-    largest = 0
-    for name in {*inventory.blocks.values()}:
-        if name:  # layers outside of the blocks have an empty one
-            weights = number_of_parameters(model.get_submodule(name))
-            largest = max(largest, weights * dtype.itemsize)
-
-    # What waits at a block between two visits: its inputs, for all windows.
-    seqlen = window_length(options, None)
-    width = model.get_input_embeddings().weight.shape[-1]
-    inputs = dtype.itemsize * _WINDOWS * seqlen * width
-    return (
-        f"prune --stream holds {decimal(2 * largest + inputs)} for a while: twice the largest block "
-        f"({decimal(largest)}), and the inputs of a block for {_WINDOWS} windows of {seqlen} tokens."
-    )
 
 
 def _stops_table(inventory: Inventory, model: str) -> Table:

@@ -6,6 +6,7 @@ cyclopts makes names, types, defaults, help and refusals from these classes.
 import inspect
 import re
 import shlex
+import sys
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, fields, make_dataclass
 from pathlib import Path
@@ -122,8 +123,8 @@ def as_command(command: str, *groups: Any, always: Collection[str] = ()) -> str:
         option = f"--{name}"
         if name not in shown:
             continue
-        if value is True:
-            words.append(option)
+        if isinstance(value, bool):
+            words.append(option if value else f"--no_{name}")
         elif isinstance(value, tuple):
             # The option is repeated, since a regular expression may contain commas. An empty text stands for no names.
             for part in value or ("",):
@@ -145,12 +146,14 @@ def _group(title: str, place: int) -> Parameter:
 
 _MODEL = _group("Model", 0)
 _PRUNING = _group("Pruning", 1)
+_SHRINKING = _group("Shrinking", 1)
 _DATA = _group("Data", 2)
 _RESULTS = _group("Results", 3)
 _SESSION = _group("Session", 4)
 
-# Labels of results without a method, by pattern.
-_WITHOUT_METHOD = {"experts": "summed_reap", "experts_reap": "reap", "structured": "refit"}
+# Options that only `--help_all` shows.
+_RARE = Parameter(show="--help_all" in sys.argv)
+_RARE_CHOICES = ("criterion", "solver", "allocation", "recovery", "sequential", "keep_batch_norm")
 
 
 @_MODEL
@@ -161,9 +164,9 @@ class Model:
     model: str = field(kw_only=False)
     """Hub id, folder or .gguf file of a language model; hub id or folder of an embedding model, which has a
 modules.json; timm:NAME of an image classifier, or timm:local-dir:FOLDER."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], _RARE] = "auto"
     """Data type of the weights; auto: as they are stored."""
-    revision: str = "main"
+    revision: Annotated[str, _RARE] = "main"
     """Branch, tag or commit of --model on the hub."""
     cache_dir: str | None = None
     """Folder for downloads from the hub."""
@@ -242,7 +245,8 @@ def _choices() -> Any:
             hint = Optional[Literal[tuple(NAMES[name])]]  # noqa: UP045  # `|` does not take a Literal of a tuple
         elif isinstance(argument.default, tuple):
             hint = _Names
-        parameter = Parameter(help=help, alias=_ALIASES.get(name), validator=check)
+        is_shown = _RARE.show if name in _RARE_CHOICES else None
+        parameter = Parameter(help=help, alias=_ALIASES.get(name), validator=check, show=is_shown)
         options.append((name, Annotated[hint, parameter], argument.default))
     return make_dataclass("_Choices", options, kw_only=True, frozen=True)
 
@@ -261,7 +265,7 @@ class Pruning(_Choices):  # type: ignore[misc]  # a base made from PruningConfig
 
     use_variant: bool = False
     """The reference's name of --pattern equal_share: each row loses the same share of its total score."""
-    prune_granularity: Literal["row", "layer"] | None = None
+    prune_granularity: Annotated[Literal["row", "layer"] | None, _RARE] = None
     """The reference's name of --pattern unstructured_row and unstructured_layer."""
 
     @property
@@ -279,10 +283,42 @@ class Pruning(_Choices):  # type: ignore[misc]  # a base made from PruningConfig
         """The label of the results: the method, and the choices that replace its own."""
         names = [self.method, self.criterion, self.solver]
         if not any(names):
-            pattern = self.pattern.partition(":")[0]  # without the numbers of N:M and structured:16
-            names = [_WITHOUT_METHOD.get(pattern, "wanda")]
+            names = ["wanda"]
         names += [self.allocation, self.recovery]
         return "_".join(filter(None, names))
+
+
+@_SHRINKING
+@dataclass(frozen=True, kw_only=True)
+class Shrinking:
+    """Choices of shrinking."""
+
+    units: float | None = None
+    """Fraction of the hidden units that leave, above 0 and below 1; without this and --experts, those that are zero."""
+    experts: float | None = None
+    """Fraction of the experts that leave each mixture of experts."""
+    max_size: str | None = None
+    """Size of the new model, such as 60GB, in place of --experts: as many experts stay as fit."""
+    by: Literal["equal", "loss", "seconds"] = "equal"
+    """How units are distributed over layers: equally, or fewer where the predictions depend more on them (loss), per
+second that a unit takes (seconds)."""
+    refit: Annotated[bool, Parameter(negative="--no_refit")] = True
+    """Compute the remaining weights of layers that read units anew; --no_refit leaves them as they are."""
+    reap: bool = False
+    """Score an expert by the mean over its own tokens (REAP) instead of the sum."""
+    multiple_of: Annotated[_Count, _RARE] = 8
+    """The number of units that a layer keeps is rounded to a multiple of this."""
+    recovery: Optional[Literal[tuple(NAMES["recovery"])]] = None  # type: ignore[valid-type] # noqa: UP045
+    """How the model is trained after its units have left: by block (reconstruct), or as a whole (distill)."""
+    skip: _Names = ()
+    """Layers to leave as they are: names, globs, or re: and a regular expression."""
+    only: Annotated[_Names, _RARE] = ()
+    """Layers that may change, by default all."""
+
+    @property
+    def name(self) -> str:
+        """The label of the results."""
+        return "_".join(name for name in ("units", "experts") if getattr(self, name)) or "experts"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,9 +334,9 @@ default), or a FILE.csv with sentence1, sentence2 and score. An empty text: meas
     """Number of windows of each text, or of pairs, to measure on; by default all."""
     seqlen: Annotated[int | None, _WHOLE, Parameter(validator=Number(gte=2))] = None
     """Number of tokens in a window; by default the model's context, at most 2048."""
-    batch_size: _Count | None = None
+    batch_size: Annotated[_Count | None, _RARE] = None
     """Number of windows (or answers) in a batch, by default 4; of pairs, by default 32; or of images, by default 64."""
-    tasks_dir: str | None = None
+    tasks_dir: Annotated[str | None, _RARE] = None
     """Folder with a TASK.jsonl for each task, instead of the hub; docs/tasks.md describes the documents."""
 
 
@@ -313,7 +349,7 @@ class Data(_Measured):
     """Texts or chats to calibrate on, with commas for equal shares: c4, wikitext2, python-docs, sklearn-docs (these two
 need no network), the id of a data set on the hub (OWNER/NAME), a FILE (.txt, .jsonl, .parquet) with text or
 messages; or self, what the dense model writes."""
-    packing: Literal["windows", "none"] = "windows"
+    packing: Annotated[Literal["windows", "none"], _RARE] = "windows"
     """Chats to calibrate on: windows joins them and cuts windows, as for text; none: each is a row, cut at --seqlen."""
     num_samples: Annotated[_Count | None, Parameter(alias="--nsamples")] = None
     """Number of calibration samples; by default 128 sequences or 4096 images, as in the paper, or 1024 sentences."""
@@ -321,7 +357,7 @@ messages; or self, what the dense model writes."""
         int, _WHOLE, Parameter(validator=Number(gte=SEED.minimum, lte=SEED.maximum))
     ] = 0
     """Seed that draws the calibration samples."""
-    checkpoint: Annotated[str | None, Parameter(alias="--resume")] = None
+    checkpoint: Annotated[str | None, _RARE, Parameter(alias="--resume")] = None
     """Weights (.safetensors) of the image classifier."""
     eval_zero_shot: bool = False
     """Also measure both models on the paper's seven zero-shot tasks (needs lm-eval)."""
@@ -355,32 +391,21 @@ class File:
 
 @_RESULTS
 @dataclass(frozen=True, kw_only=True)
-class Folder:
-    """Folder in which a command saves a model."""
+class Results:
+    """Files that `prune` and `shrink` write."""
 
     save_model: str | None = None
     """Folder for the new model."""
     stream: bool = False
-    """Read a language model block by block from disk, and write each block; an interrupted prune continues."""
+    """Read a language model block by block from disk, and write each block; an interrupted run continues."""
     overwrite: bool = False
     """Replace a --save_model folder with everything in it, and a --report; add to a --save folder."""
-
-
-@_RESULTS
-@dataclass(frozen=True, kw_only=True)
-class Results(Folder):
-    """Files that `prune` writes."""
-
     save: str | None = None
     """Folder for log_METHOD.txt and pruning_report.json."""
     report: str | None = None
     """Page (.html) or picture (.png) to write, with figures and tables (needs the extra report)."""
-    max_size: str | None = None
-    """Size of the new model, such as 60GB: --pattern experts keeps as many experts as fit, whatever --sparsity is."""
-    device: str = "cpu"
+    device: Annotated[str, _RARE] = "cpu"
     """Device to compute on with --stream, such as cuda."""
-    shrink: bool = False
-    """Leave the hidden units that --pattern structured has set to zero out of --save_model."""
 
 
 @_SESSION
@@ -390,16 +415,21 @@ class Session:
 
     config: _Names = ()
     """YAML files with options. Arguments take precedence, and later files over earlier ones."""
-    print_config: bool = False
+    print_config: Annotated[bool, _RARE] = False
     """Print all options as such a file."""
-    debug: bool = False
+    debug: Annotated[bool, _RARE] = False
     """Show the traceback of every error."""
 
 
-class PruneOptions(NamedTuple):
-    """All options of `prune`."""
+class JobOptions(NamedTuple):
+    """All options of `prune` or `shrink`."""
 
     model: Model
-    pruning: Pruning
+    pruning: Pruning | Shrinking
     data: Data
     results: Results
+
+    @property
+    def max_size(self) -> str | None:
+        """The size into which experts must fit."""
+        return getattr(self.pruning, "max_size", None)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from wanda_lightning.cli.options import PruneOptions
+from wanda_lightning.cli.options import JobOptions
 from wanda_lightning.common.atomic_write import write_text
 from wanda_lightning.common.wording import one_line
 from wanda_lightning.hub.card import write_card
@@ -11,7 +11,7 @@ from wanda_lightning.report import PruningReport
 from wanda_lightning.report.descriptions import METRICS
 
 
-def write_results(report: PruningReport, options: PruneOptions) -> PruningReport:
+def write_results(report: PruningReport, options: JobOptions) -> PruningReport:
     """Write the card of the model and the results.
 
     Return the report, with a note if the card could not be written.

@@ -52,14 +52,10 @@ class Pattern(ABC):
         weigh_rows: Whether the scores of each row are scaled by the importance of its output before they are compared;
             None if the model decides.
         removes: What leaves the model: single weights, whole hidden units, or whole experts.
-        changes_shapes: Whether `prune` makes the tensors of the model smaller, instead of filling them with zeros.
-        why_not_passive: Why statistics from passes that run anyway do not suffice; empty if they do.
     """
 
     weigh_rows: bool | None = False
     removes: ClassVar[Removed] = "weights"
-    changes_shapes: ClassVar[bool] = False
-    why_not_passive: ClassVar[str] = ""
 
     @property
     def reads_batches(self) -> bool:
@@ -287,16 +283,15 @@ class Structured(Pattern):
     """Zeros fill whole hidden units, so that they can be taken out and an ordinary smaller model is left.
 
     A unit is a column of the layer that reads it. The score of a unit is the sum over the rows of the squared scores of
-    its weights: with `Wanda` that of FASP (Hu et al. 2025, arXiv 2501.09412). `prune` also sets to zero what writes the
+    its weights: with `Wanda` that of FASP (Hu et al. 2025, arXiv 2501.09412). `shrink` also removes what writes the
     unit: the rows and biases of other layers, and vectors with one entry for each unit.
 
     Attributes:
         multiple_of: The number of kept units of a layer is rounded to a multiple of this, at least one.
-        columns: Columns of each unit: as many as the kernel of a convolution has positions; `prune` sets it.
+        columns: Columns of each unit: as many as the kernel of a convolution has positions; `shrink` sets it.
     """
 
     removes = "units"
-    why_not_passive = "runs each block with and without hidden units"
     reads_batches = True
     multiple_of: int = 8
     columns: int = field(default=1, kw_only=True)
@@ -318,14 +313,14 @@ class Structured(Pattern):
             return
         layer, widest = max(widths.items(), key=lambda item: item[1])
         if widest <= self.multiple_of:
-            problem = f"multiple_of={self.multiple_of} of {name} leaves no unit to remove"
+            problem = f"multiple_of={self.multiple_of} leaves no unit to remove"
         elif self.multiples(widest, sparsity) < 1:
-            problem = f"sparsity={sparsity:g} would remove all {widest} hidden units"
+            problem = f"{name} would remove all {widest} hidden units"
         else:
             return
         raise UserError(
             f"{problem}: the widest layer, {layer}, reads {widest}, in multiples of {self.multiple_of}. "
-            "Choose another sparsity, or a smaller multiple_of."
+            "Remove fewer units, or choose a smaller multiple_of."
         )
 
     def sparsity_steps(self, d_out: int, d_in: int) -> int:
@@ -357,10 +352,10 @@ class Structured(Pattern):
 
 @dataclass(frozen=True)
 class Experts(Pattern):
-    """Whole experts leave each mixture of experts, the same number in every layer; `prune` makes the model smaller.
+    """Whole experts leave each mixture of experts, the same number in every layer.
 
     Zeros cannot represent this: a row of zeros in the router is a logit of 0, which may be among the largest. So
-    `prune` takes the experts out in place, with their rows of the router, and changes the model's configuration.
+    `shrink` takes the experts out in place, with their rows of the router, and changes the model's configuration.
 
     What an expert adds for a token is its gate times its output. By default, an expert is scored by the sum of the
     norms of this over all tokens. With `average`, it is scored by their mean over the tokens that are routed to it:
@@ -373,9 +368,6 @@ class Experts(Pattern):
     average: bool = False
 
     removes = "experts"
-    changes_shapes = True
-    # Experts are scored by what they add for each token, which is no statistic of inputs.
-    why_not_passive = "needs a pass of its own"
     reads_batches = True
 
     def sequential(self, chosen: str) -> str:

@@ -23,7 +23,6 @@ from wanda_lightning.models import Inventory, SkipReason, adapted_module
 from wanda_lightning.parallel import Processes
 from wanda_lightning.units.block_runs import BlockRuns
 
-_OTHER_PATTERNS = "Use pattern='unstructured' or '2:4'."
 _SAME = 0.9  # fraction of the tokens whose results must not change where logits tie
 
 
@@ -38,7 +37,7 @@ def find_mixtures(config: PruningConfig, model: Module, inventory: Inventory) ->
     found = list(mixtures(model))
     problem = _why_not(config, model, inventory, found)
     if problem:
-        raise UserError(f"{config.shown('pattern')} {problem}")
+        raise UserError(f"{config.shown('pattern')} {problem} To make zeros instead, use prune.")
     return found
 
 
@@ -57,31 +56,28 @@ def _why_not(
     if not found:
         return (
             "needs a mixture of experts, but no module of the model has experts in stacked parameters (a list of "
-            f"modules does not count) and a router with one row for each of them. {_OTHER_PATTERNS}"
+            "modules does not count) and a router with one row for each of them."
         )
 
     first = found[0]
     if len({mixture.name for mixture in found}) < len(found):
-        return (
-            f"needs all matrices of a mixture in one module, but those of {first.name} are in several. "
-            f"{_OTHER_PATTERNS}"
-        )
+        return f"needs all matrices of a mixture in one module, but those of {first.name} are in several."
     sizes = {(mixture.number, mixture.groups): mixture.name for mixture in found}
     if len(sizes) > 1:
         names = " as in ".join(sizes.values())
-        return f"needs as many experts in {names}, in as many groups. {_OTHER_PATTERNS}"
+        return f"needs as many experts in {names}, in as many groups."
 
     matrices = tuple(f"{mixture.prefix}." for mixture in found)
     for skipped in inventory.skipped_for(SkipReason.USER):
         if skipped.name.startswith(matrices):
-            return f"drops experts in every layer, but skip or only leaves out {skipped.name}. {_OTHER_PATTERNS}"
+            return f"drops experts in every layer, but skip or only leaves out {skipped.name}."
 
     size = first.number // first.groups
     kept = pattern_of(config).kept(size, config.sparsity)
     if kept == 0 or (kept == size and config.sparsity > 0):
         groups = f" in each of the {first.groups} groups" if first.groups > 1 else ""
         return (
-            f"drops {'none' if kept else 'all'} of the {size} experts{groups} with sparsity={config.sparsity:g}. "
+            f"drops {'none' if kept else 'all'} of the {size} experts{groups}. "
             f"Choose at least {1 / size:.3g} and at most {1 - 1 / size:.3g}."
         )
 
@@ -94,9 +90,8 @@ def _why_not(
         if first.groups > 1:
             within = f" in the groups that are chosen for it, {chosen_groups} of {first.groups}"
         return (
-            f"leaves {kept * first.groups} of {first.number} experts with sparsity={config.sparsity:g}, and a token "
-            f"{kept * chosen_groups}{within}, but it is routed to {per_token}. Choose at most "
-            f"{1 - ceil(per_token / chosen_groups) / size:.3g}."
+            f"leaves {kept * first.groups} of {first.number} experts, and a token {kept * chosen_groups}{within}, but "
+            f"it is routed to {per_token}. Choose at most {1 - ceil(per_token / chosen_groups) / size:.3g}."
         )
     return ""
 
@@ -118,10 +113,10 @@ def refuse_if_it_differs(
         is_same = is_same and saliency.experts_per_token[mixture.name] <= kept
     if not processes.all_agree(is_same):
         raise UserError(
-            f"sparsity={config.sparsity:g} with {config.shown('pattern')} leaves {kept} of {mixture.number} "
+            f"{config.shown('pattern')} leaves {kept} of {mixture.number} "
             f"experts, but without the others {mixture.name} ({type(mixture.module).__name__}) computes something "
             "else than with the others unroutable: a token may need more experts, or the experts are used in another "
-            f"way. Choose a lower sparsity. {_OTHER_PATTERNS}"
+            f"way. Remove fewer, or make zeros with prune."
         )
 
 

@@ -117,8 +117,8 @@ class ExpertSaliency(StopObserver):
             raise
         except (ValueError, RuntimeError, IndexError, TypeError) as error:
             raise UserError(
-                f"pattern='experts' must see what each expert adds to the output, but {mixture.name} "
-                f"({type(mixture.module).__name__}) does not show it: {error}. Use pattern='unstructured' or '2:4'."
+                f"experts= must see what each expert adds to the output, but {mixture.name} "
+                f"({type(mixture.module).__name__}) does not show it: {error}. Use prune, which makes zeros."
             ) from error
 
         routed = routing.routed

@@ -1,10 +1,10 @@
-"""The model card of a pruned model: method, results, and code that loads the model; its results for the hub."""
+"""The model card of a pruned model: method, results, and code that loads the model."""
 
 import json
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +14,7 @@ from wanda_lightning.common import wording
 from wanda_lightning.common.aliases import StrPath
 from wanda_lightning.common.atomic_write import write_text
 from wanda_lightning.report import Circumstances, PruningReport, descriptions
-from wanda_lightning.report.descriptions import METRICS, PERPLEXITY, TOP1
+from wanda_lightning.report.descriptions import METRICS
 from wanda_lightning.report.records import as_json, from_parsed
 
 PICTURE_NAME = "pruning_report.png"
@@ -22,28 +22,14 @@ _MARK = (
     "<!-- Written by wanda_lightning, which may replace this file as long as it has this line. -->"
 )
 _FOLDERS = re.compile(r"(?<![\w./~-])~?/(?:[^\s,'\"/]+/)*(?=[^\s,'\"/])")  # of absolute paths
-_TEXT_FILES = (".txt", ".jsonl", ".parquet")
-# The id on the hub and the configuration of a text of this package or a task of lm-eval.
-_DATA_SETS = {
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1"),
-    "c4": ("allenai/c4", "en"),
-    "boolq": ("aps/super_glue", "boolq"),
-    "rte": ("nyu-mll/glue", "rte"),
-    "hellaswag": ("Rowan/hellaswag", "default"),
-    "winogrande": ("allenai/winogrande", "winogrande_xl"),
-    "arc_easy": ("allenai/ai2_arc", "ARC-Easy"),
-    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge"),
-    "openbookqa": ("allenai/openbookqa", "main"),
-}
 
 
 def write_card(folder: StrPath, report: PruningReport, *, trained_steps: int = 0) -> None:
     """Write the model card, and a picture if matplotlib is installed, into the folder of a saved model.
 
-    Results on data sets of the hub are also written in the hub's own format, into `.eval_results`. Beside a README.md
-    that this function did not write, nothing is written. Folders of this machine are left out, except in its code,
-    which loads the model from `folder`. `trained_steps` is the number of optimizer steps of the run that pruned the
-    model.
+    Beside a README.md that this function did not write, nothing is written. Folders of this machine are left out,
+    except in its code, which loads the model from `folder`. `trained_steps` is the number of optimizer steps of the run
+    that pruned the model.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -101,41 +87,6 @@ def write_card(folder: StrPath, report: PruningReport, *, trained_steps: int = 0
         descriptions=descriptions,
     )
     write_text(path, f"{card}\n")
-
-    if run.metric == TOP1.name or report.config.get("command", {}).get("tasks_dir"):
-        # Images and the documents of these tasks are files, which may differ from any data set on the hub.
-        results = [result for result in results if result.metric_type == PERPLEXITY.on_hub]
-    _write_for_hub(folder, results, run.date)
-
-
-def _write_for_hub(folder: Path, results: Sequence[Any], date: str) -> None:
-    """Write a file for each result on a data set of the hub. The format has no place for results on other data.
-
-    It asks for the name of a task, which only the hub's benchmarks have. Here, it is the configuration of the data set.
-    """
-    import yaml
-    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
-
-    for result in results:
-        data = result.dataset_type
-        own_id = _id_on_hub(data)
-        dataset, task = _DATA_SETS.get(data, (own_id, "default"))
-        if dataset is None or data.endswith(_TEXT_FILES):
-            continue
-
-        setup = result.dataset_name.removeprefix(data) or ", zero-shot"
-        entry = EvalResultEntry(
-            dataset,
-            task,
-            result.metric_value,
-            date=date or None,
-            notes=f"{result.metric_type}{setup}",
-        )
-        # A file with an error is left out as a whole, so each result has its own.
-        name = data.replace("/", "_")
-        path = folder / ".eval_results" / f"wanda_lightning_{name}.yaml"
-        content = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
-        write_text(path, content)
 
 
 def _without_folders(run: Circumstances) -> Circumstances:

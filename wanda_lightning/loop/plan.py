@@ -220,7 +220,7 @@ def refuse_nothing_to_prune(config: PruningConfig, inventory: Inventory) -> None
         subject = "model has"
     raise UserError(
         f"{subject} nothing to prune ({'; '.join(reasons) or 'there are no weight matrices'}). Give a model with "
-        "linear or convolution layers, choose others with skip= and only=, or use pattern='unstructured'."
+        "linear or convolution layers, choose others with skip= and only=, or prune with pattern='unstructured'."
     )
 
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 from wanda_lightning.calibration.lockstep import Passed, Visit, Visits, lockstep
 from wanda_lightning.calibration.observer import Observation, StopObserver
-from wanda_lightning.calibration.pruning_mode import RestoredBuffers
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.wording import quantity
@@ -69,7 +68,6 @@ class Run:
     samples: Samples
     store: WeightStore
     progress: bool = False  # whether to show bars
-    buffers: RestoredBuffers | None = None  # while stops are pruned
     clock: Clock = field(default_factory=Clock)
     done: Done = field(default_factory=Done)
     # How the weights of each layer are selected; empty until the sparsities are allocated.

@@ -1,7 +1,7 @@
 """The steps that zeros, hidden units and experts share: begin, choose sparsities, visit each stop, train.
 
-Each of the three is a function that calls these steps in its own order (`masks/prune_weights.py`,
-`units/remove_units.py`, `experts/remove_experts.py`); the steps know neither masks nor widths.
+Each of the three is a function that calls these steps in its own order (`verbs/prune_weights.py`,
+`verbs/remove_units.py`, `verbs/remove_experts.py`); the steps know neither masks nor widths.
 """
 
 import logging
@@ -144,7 +144,7 @@ def correct_batch_norm(run: Run, statistics: BatchNormStatistics) -> Run:
     run = replace(run, observation=None)
     with (
         run.clock.timed("normalize", statistics.layers),
-        pruning_mode(run.plan.model, statistics.layers),
+        pruning_mode(run.plan.model),
     ):
         return replace(run, batch_norm=statistics.correct())
 
@@ -288,13 +288,13 @@ def _selections(
 
 @contextmanager
 def pruning(run: Run) -> Iterator[Run]:
-    """Give the run in which weights change in this block: in evaluation mode, and an error says how far it came."""
+    """Let weights change in this block: in evaluation mode, and an error says how far the run came."""
     with (
         run.clock.timed("prune"),
-        pruning_mode(run.plan.model) as buffers,
+        pruning_mode(run.plan.model),
         note_on_error(run.describe_progress, log.error),
     ):
-        yield replace(run, buffers=buffers)
+        yield run
     torch.clear_autocast_cache()  # it holds casts of the dense weights
 
 

@@ -32,7 +32,6 @@ class SkipReason(StrEnum):
     STEM = "stem"
     TIED = "tied"
     DEPTHWISE = "depthwise"
-    GROUPED = "grouped"  # in reports of version 0.2
     QUANTIZED = "quantized"
     NO_SHAPE = "no_shape"
     UNSUPPORTED = "unsupported"

@@ -3,7 +3,6 @@
 import os
 import tempfile
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
@@ -17,7 +16,6 @@ from wanda_lightning.common.aliases import Kwargs, StrPath
 from wanda_lightning.common.atomic_write import atomic_folder
 from wanda_lightning.common.checks import check_flags, require_extra
 from wanda_lightning.common.dtypes import DTYPES, dtype_name
-from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
 from wanda_lightning.models import check_tokens
 from wanda_lightning.modules.model_loading import (
@@ -34,7 +32,6 @@ from wanda_lightning.parallel import (
     shard_processes,
 )
 from wanda_lightning.units.fit_configuration import refuse_unloadable
-from wanda_lightning.units.shrink import Shrunk, shrunk
 
 
 class CausalLMModule(L.LightningModule):
@@ -251,9 +248,7 @@ class CausalLMModule(L.LightningModule):
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder)
 
-    def save_pretrained(
-        self, folder: StrPath, overwrite: bool = False, shrink: bool = False
-    ) -> Shrunk | None:
+    def save_pretrained(self, folder: StrPath, overwrite: bool = False) -> None:
         """Write a Hugging Face folder with model and tokenizer atomically.
 
         Call it in one process only. If FSDP2 shards the model, call it in every process; the first one writes. If the
@@ -262,38 +257,23 @@ class CausalLMModule(L.LightningModule):
         Args:
             folder: Path to write; `AutoModelForCausalLM.from_pretrained(folder)` loads it.
             overwrite: Replace a folder that is not empty, with everything in it.
-            shrink: Leave out the hidden units that are zero on both sides; see `wanda_lightning.shrink`. The module in
-                memory keeps them.
-
-        Returns:
-            With `shrink`, what was left out.
 
         Raises:
             FileExistsError: If the folder is not empty and `overwrite` is false.
-            ValueError: With `shrink`, if there is nothing to leave out, or if FSDP2 shards the model.
         """
-        check_flags(shrink=shrink)
         processes = SINGLE_PROCESS
         options = {}
         if is_sharded(self.model):
-            if shrink:
-                raise UserError(
-                    "shrink=True needs whole layers, but FSDP2 shards the model. Save it without shrink, and use "
-                    "`wanda-lightning shrink` on the folder."
-                )
             processes = shard_processes(self.model)
             options["state_dict"] = gathered_state_dict(self.model)  # in every process
 
-        result = None
         with processes.fail_together():
             if processes.rank == 0:
                 with atomic_folder(folder, overwrite) as new:
-                    with shrunk(self.model) if shrink else nullcontext() as result:
-                        refuse_unloadable(self.pruning_target)
-                        self.model.save_pretrained(new, **options)
+                    refuse_unloadable(self.pruning_target)
+                    self.model.save_pretrained(new, **options)
                     if self.tokenizer is not None:
                         self.tokenizer.save_pretrained(new)
-        return result
 
 
 def _with_adapters(model: Any, keep_zeros: bool = True, **arguments: Any) -> Any:

@@ -4,7 +4,7 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from wanda_lightning.common.text_features import as_encoded, reads_texts
 from wanda_lightning.modules.model_loading import load_embedding_model
 from wanda_lightning.modules.optimizers import adamw
 from wanda_lightning.units.fit_configuration import refuse_unloadable
-from wanda_lightning.units.shrink import Shrunk, shrunk
 
 Features = Mapping[str, Any]
 
@@ -146,35 +145,22 @@ class EmbeddingModule(L.LightningModule):
         """Load another model of sentence-transformers by its hub id or folder, from the same cache."""
         return load_embedding_model(ModelSource(os.fspath(name), **self._hub))
 
-    def save_pretrained(
-        self, folder: StrPath, overwrite: bool = False, shrink: bool = False
-    ) -> Shrunk | None:
+    def save_pretrained(self, folder: StrPath, overwrite: bool = False) -> None:
         """Write a folder of sentence-transformers atomically. Call it in one process only.
 
         Args:
             folder: Path to write; `SentenceTransformer(folder)` of versions 5.4 to 6 loads it, after
                 `shrink` perhaps with `trust_remote_code=True` only, which the result then says.
             overwrite: Replace a folder that is not empty, with everything in it.
-            shrink: Leave out the hidden units that are zero on both sides; see `wanda_lightning.shrink`. The module in
-                memory keeps them.
-
-        Returns:
-            With `shrink`, what was left out.
 
         Raises:
             FileExistsError: If the folder is not empty and `overwrite` is false.
-            ValueError: With `shrink`, if there is nothing to leave out.
         """
-        check_flags(shrink=shrink)
         model: Any = self.model
-        with (
-            atomic_folder(folder, overwrite) as new,
-            shrunk(model) if shrink else nullcontext() as result,
-        ):
+        with atomic_folder(folder, overwrite) as new:
             refuse_unloadable(model[0].auto_model)
             model.save(str(new), create_model_card=False)
             _write_old_class_names(model, new / "modules.json")
-        return result
 
 
 def _write_old_class_names(model: Any, path: Path) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Collection, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
@@ -22,7 +21,6 @@ from wanda_lightning.common.checks import check_flags
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.modules.model_loading import create_classifier, load_checkpoint
 from wanda_lightning.parallel import is_sharded
-from wanda_lightning.units.shrink import Shrunk, example_batch, shrunk
 from wanda_lightning.units.timm_arguments import fit_arguments, save_for_timm
 
 _ACCURACIES = {"accuracy": 1, "accuracy_top5": 5}  # by name: how many classes a model may guess
@@ -181,39 +179,26 @@ class ImageClassifierModule(L.LightningModule):
         _, arguments = fit_arguments(self.model, self._model_kwargs)
         json.dumps(get_model_args(self.model, arguments))  # a TypeError names what JSON cannot hold
 
-    def save_pretrained(
-        self, folder: StrPath, overwrite: bool = False, shrink: bool = False
-    ) -> Shrunk | None:
+    def save_pretrained(self, folder: StrPath, overwrite: bool = False) -> None:
         """Write a timm folder with weights and configuration atomically. Call it in one process only.
 
         Args:
             folder: Path to write; `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it, for some after
                 `shrink` once the file `modeling_shrunk.py` in it is imported.
             overwrite: Replace a folder that is not empty, with everything in it.
-            shrink: Leave out the hidden units that are zero on both sides; see `wanda_lightning.shrink`. The module in
-                memory keeps them.
-
-        Returns:
-            With `shrink`, what was left out.
 
         Raises:
             FileExistsError: If the folder is not empty and `overwrite` is false.
             ValueError: If timm did not build the model, and so cannot rebuild it from the configuration; if FSDP2
-                shards it; or if `shrink` finds nothing to leave out.
+                shards it.
         """
-        check_flags(shrink=shrink)
         self.check_saving()
         model: Any = self.model
         names = model.pretrained_cfg.get("label_names") or ()
         labels = {"label_names": names} if len(names) == self.num_classes else {}
 
-        batch = example_batch(model, self._model_kwargs.get("img_size"))
-        with (
-            atomic_folder(folder, overwrite) as new,
-            shrunk(model, batch) if shrink else nullcontext() as result,
-        ):
+        with atomic_folder(folder, overwrite) as new:
             save_for_timm(model, self._model_kwargs, labels, new)
-        return result
 
 
 def _read_images(batch: Any) -> tuple[Tensor, Any]:

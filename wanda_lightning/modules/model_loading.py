@@ -102,8 +102,8 @@ def _warn_of_dequantized(source: ModelSource, model: Any) -> None:
         dtype = str(model.dtype).removeprefix("torch.")
         warnings.warn(
             f"The model {str(source)!r} is quantized ({settings.get('quant_method')}), and was dequantized to {dtype}, "
-            "in which it will be saved. To remove experts from the quantized weights, use `prune --stream --pattern "
-            "experts`, or `prune_from_disk`.",
+            "in which it will be saved. To remove experts from the quantized weights, use `shrink --stream --experts`, "
+            "or `shrink_from_disk`.",
             stacklevel=2,
         )
 

@@ -5,10 +5,11 @@ from math import isfinite
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
-from wanda_lightning.common.wording import abbreviated, quantity
+from wanda_lightning.common.wording import abbreviated
 from wanda_lightning.report.records import Measured, ReportData
 
 _Config = Mapping[str, Any]  # of a report
+_PATTERNS = {"equalshare": "equal share of the scores", "structured": "hidden units"}
 _NEUTRAL = ("ZeroOut", "Uniform", "NoRecovery")  # choices that change nothing
 
 
@@ -195,27 +196,10 @@ def cost_of(result: Measured) -> str:
     return f"{result.data[0].upper()}{result.data[1:]}: {result.after:,.1f} (dense: {result.before:,.1f})."
 
 
-def limits_of(report: ReportData) -> str:
-    """Return a sentence on the layers at which the allocation has reached its limits; empty if there are none."""
-    if "allocation_limits" not in report.config:
-        return ""
-    least, most = report.config["allocation_limits"]
-
-    # A target is rounded to whole weights of each row, so closer limits have no meaning.
-    at_most = 0
-    at_least = 0
-    for layer in report.layers:
-        step = 1 / layer.shape[1]
-        if step < (most - least) / 2:
-            at_most += layer.target > most - step
-            at_least += layer.target < least + step
-    if at_most == at_least == 0:
-        return ""
-
-    return (
-        f"{choice_of(report.config, 'allocation')} gives no layer more than {most:.2%} or less than {least:.2%}: "
-        f"{quantity(at_most, 'layer')} reached the upper limit, and {quantity(at_least, 'layer')} the lower."
-    )
+def change_in_words(report: ReportData) -> str:
+    """Return how a model was changed: `Pruned with SparseGPT (2:4)`, or `Shrunk: Refit (hidden units)`."""
+    verb = "Pruned with" if fate(report) == "are zero" else "Shrunk:"
+    return f"{verb} {method_in_words(report.config)}"
 
 
 def method_in_words(config: _Config) -> str:
@@ -239,8 +223,7 @@ def choices_of(config: _Config) -> str:
     pattern = choice_of(config, "pattern").lower()
     if pattern == "nm":
         pattern = f"{config['pattern']['n']}:{config['pattern']['m']}"
-    elif pattern == "equalshare":
-        pattern = "equal share of the scores"
+    pattern = _PATTERNS.get(pattern, pattern)
 
     words = [method, pattern, choice_of(config, "allocation"), choice_of(config, "recovery")]
     return ", ".join(filter(None, words))

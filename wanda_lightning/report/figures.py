@@ -49,7 +49,6 @@ _LABEL: Kwargs = {
 }
 # Without a date, so that equal reports have equal pages.
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-_LINE = 0.065  # height of a line of text, as a fraction of axes with lines
 _WIDTH = 900  # of a picture, in pixels
 
 _GROUP = re.compile(r"(^|\.)group\d+$")  # each group of a grouped convolution is a layer
@@ -276,7 +275,11 @@ def _draw_errors(grid: Grid, axes: Axes, _: int) -> None:
             axes.plot(list(known), list(known.values()), label=label, color=color)
     axes.set_ylim(0)
     axes.yaxis.set_major_formatter("{x:g}%")
-    _label_lines(axes)
+    axes.grid(axis="y")
+    # In the order in which the lines end.
+    lines: Any = axes.get_legend_handles_labels()[0]
+    lines.sort(key=lambda line: -line.get_ydata()[-1])
+    axes.legend(handles=lines, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     _number_blocks(axes, grid)
 
 
@@ -293,31 +296,6 @@ def _draw_weights(bars: Sequence[Bar], axes: Axes, _: int) -> None:
     axes.set(ylim=(len(bars) - 0.4, -0.6), xlim=(0, bars[0].size), xticks=[])  # the largest
     axes.set_yticks(range(len(bars)), [bar.name for bar in bars])
     axes.spines[:].set_visible(False)
-
-
-def _label_lines(axes: Axes) -> None:
-    """Write the labels of lines next to their right ends, moved apart where they would overlap; add a light grid."""
-    axes.grid(axis="y")
-    axes.autoscale_view()  # now, so that the heights of the ends are known
-    to_axes = axes.transData + axes.transAxes.inverted()
-    lines: Any = axes.get_legend_handles_labels()[0]
-    lines.sort(key=lambda line: line.get_ydata()[-1])
-
-    # A label stands at the end of its line, or above the label below, and leaves room for those above it.
-    lowest_free = 0.0
-    for number, line in enumerate(lines, start=1):
-        _, end = to_axes.transform((0, line.get_ydata()[-1]))
-        # Below the labels that follow.
-        height = min(max(lowest_free, end), 1 - _LINE * (len(lines) - number))
-        axes.annotate(
-            line.get_label(),
-            (1, height),
-            xycoords="axes fraction",
-            color=line.get_color(),
-            size=11,
-            **_LABEL,
-        )
-        lowest_free = height + _LINE
 
 
 def to_svg(plot: Plot, width: int) -> str:

@@ -27,8 +27,7 @@ REPORT_NAME = "pruning_report.json"
 _VERSION = 1  # of the JSON; a report without a version is older
 _SHOWN_REASONS = 3  # in the summary
 _IS_SMALLER = (
-    "the hidden units that became zero are not in the saved model, "
-    "so its matrices are smaller than in this report"
+    "what was taken out counts as sparsity: this report has the shapes of the larger model"
 )
 
 
@@ -57,15 +56,8 @@ class PruningReport(ReportData):
         return metrics
 
     def marked_as_shrunk(self) -> PruningReport:
-        """Return the report of a model that was saved without the hidden units that became zero."""
-
-        def taken_out(note: str) -> str:
-            note = note.replace("hidden units are zero", "hidden units were taken out")
-            return note.replace("; shrink() takes them out", "")
-
-        layers = tuple(replace(layer, note=taken_out(layer.note)) for layer in self.layers)
-        notes = (*map(taken_out, self.notes), _IS_SMALLER)
-        return replace(self, layers=layers, shrunk=True, notes=notes)
+        """Return the report of a model out of which the hidden units that became zero were taken."""
+        return replace(self, shrunk=True, notes=(*self.notes, _IS_SMALLER))
 
     def to_json(self) -> str:
         """The whole report as JSON."""
@@ -80,8 +72,6 @@ class PruningReport(ReportData):
             raise UserError(
                 f"version must be at most {_VERSION}, but it is {content['version']!r}: upgrade."
             )
-        # Older reports have no such field, but the note.
-        content.setdefault("shrunk", _IS_SMALLER in content.get("notes", ()))
         return from_parsed(cls, content)
 
     @classmethod
@@ -155,8 +145,7 @@ class PruningReport(ReportData):
         """The method, the totals, the change in quality if it was measured, and the notes."""
         run = self.run or Circumstances()
         calibration = f", calibrated on {run.calibration}" if run.calibration else ""
-        method = descriptions.method_in_words(self.config)
-        lines = [f"Pruned with {method}{calibration}.", self.summary()]
+        lines = [f"{descriptions.change_in_words(self)}{calibration}.", self.summary()]
         if self.skipped:
             reasons = Counter(matrix.detail for matrix in self.skipped).most_common(_SHOWN_REASONS)
             shown = "; ".join(f"{reason}: {number}" for reason, number in reasons)

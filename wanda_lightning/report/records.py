@@ -274,7 +274,7 @@ class ReportData:
     seconds: Mapping[str, float]  # time per stage
     config: Mapping[str, Any]  # the configuration, in full
     notes: tuple[str, ...] = ()  # sentences for people about the pruning as a whole
-    shrunk: bool = False  # whether the saved model lacks the hidden units that became zero
+    shrunk: bool = False  # whether the hidden units that became zero have left the model
     training: Training | None = None  # of the whole pruned model
     run: Circumstances | None = None  # None from `prune()`, which measures nothing
     versions: Mapping[str, str] = field(default_factory=versions)  # of Python and the libraries

@@ -15,10 +15,10 @@ from wanda_lightning.common.atomic_write import resolve_path
 from wanda_lightning.common.checks import shown
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
-from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
-from wanda_lightning.engine.prune import prune_as
+from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, config_of
 from wanda_lightning.experts.mixture_checks import find_mixtures
 from wanda_lightning.loop.plan import make_plan
+from wanda_lightning.loop.steps import begin
 from wanda_lightning.report import PruningReport
 from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint
 from wanda_lightning.streaming.not_loaded import (
@@ -31,9 +31,13 @@ from wanda_lightning.streaming.not_loaded import (
 from wanda_lightning.streaming.output_folder import OutputFolder, fingerprint
 from wanda_lightning.streaming.quantized_checkpoint import refuse_changed_weights
 from wanda_lightning.streaming.streamed_weights import StreamedWeights
+from wanda_lightning.verbs.prune_weights import prune_weights
+from wanda_lightning.verbs.remove_experts import remove_experts
+from wanda_lightning.verbs.remove_units import remove_units
 
 log = logging.getLogger(__name__)
 
+_REMOVALS = {"weights": prune_weights, "units": remove_units, "experts": remove_experts}
 # To the weights: where they are, and what has written them.
 _UNRELATED = ("_name_or_path", "transformers_version")
 
@@ -60,12 +64,8 @@ def prune_from_disk(
     for `from_pretrained`, with the weights that `prune` computes. An interrupted run continues when it is called again
     with the same arguments (`forward` is not compared); until it has finished, the output is not a model.
 
-    Tensors that transformers does not load, such as layers for multi-token prediction, are copied as stored. With
-    `pattern="experts"`, such a layer keeps as many experts as the others, those with the largest rows in its router; if
-    it has no such router, all these tensors are left out. A note in the report says so.
-
-    With `pattern="experts"`, the weights may be quantized as FP8 in blocks, MXFP4 or compressed-tensors. Each block is
-    dequantized when it is read, and what is kept is copied byte for byte. With a `dtype`, the output is not quantized.
+    Tensors that transformers does not load, such as layers for multi-token prediction, are copied as stored. A note in
+    the report says so.
 
     Args:
         source: Hub id or local folder.
@@ -87,8 +87,7 @@ def prune_from_disk(
         OSError: If the source cannot be read or the output cannot be written.
         ValueError: If a choice needs the whole model, or the output was begun with other choices.
     """
-    check_choices(sparsity, choices, prune_from_disk)
-    config = sparsity if isinstance(sparsity, PruningConfig) else PruningConfig(sparsity, **choices)
+    config = config_of(sparsity, prune_from_disk, **choices)
     place = ModelSource(source, revision or "main", cache_dir, trust_remote_code)
     with pruned_from_disk(
         config, place, output, batches, dtype, tokenizer, forward, progress, device
@@ -110,6 +109,10 @@ def pruned_from_disk(
 ) -> Iterator[PruningReport]:
     """Prune from disk with resolved choices, and yield the report; the output is complete.
 
+    Choices of `shrink` set hidden units to zero, or take experts out. A layer for multi-token prediction then keeps as
+    many experts as the others, those with the largest rows in its router; if it has no such router, all such layers are
+    left out.
+
     If this block fails or is killed, another run with the same arguments yields the same report at once.
     """
     refuse_whole_model(config)
@@ -121,14 +124,14 @@ def pruned_from_disk(
         raise UserError(f"tokenizer must be one of transformers, but it is {shown(tokenizer)}.")
     batches = list(batches)
     checkpoint = Checkpoint(source, dtype, device)
-    if not config.pattern.changes_shapes:
+    removes_experts = config.pattern.removes == "experts"
+    if not removes_experts:
         refuse_changed_weights(checkpoint.quantization, str(source))
     plan = make_plan(config, checkpoint.model, by_block=True)
 
     # Choose what is left of layers for multi-token prediction, which no batch reaches.
     entries: Entries | None = {}
-    changes_shapes = config.pattern.changes_shapes
-    if changes_shapes:
+    if removes_experts:
         mixture = find_mixtures(config, checkpoint.model, plan.inventory)[0]
         entries = largest_routers(checkpoint, config, mixture)
     copied = {}
@@ -139,13 +142,12 @@ def pruned_from_disk(
     folder = OutputFolder(output, _what_determines(config, checkpoint, batches), parts)
     finished_report = folder.progress.report
     # A finished run is repeated if shapes change, since that adapts the configuration; its report is replaced below.
-    if not finished_report or changes_shapes:
+    if not finished_report or removes_experts:
         weights = StreamedWeights(checkpoint, folder)
         forward_batch = None if forward is None else partial(forward, checkpoint.model)
         with weights.blocks.loading():
-            report = prune_as(
-                plan, batches, forward=forward_batch, progress=progress, store=weights
-            )
+            run = begin(plan, batches, forward_batch, progress=progress, store=weights)
+            report = _REMOVALS[config.pattern.removes](run)
     for part, path in copied.items():
         if part not in folder.written:
             folder.save(part, read_not_loaded(checkpoint, path, entries or {}))
@@ -184,25 +186,31 @@ def refuse_whole_model(config: PruningConfig) -> None:
     for option, reason, instead in _reasons_for_whole_model(config):
         asked = f"method={config.preset!r}" if config.preset else config.shown(option)
         raise UserError(
-            f"{asked} {reason}, but the model is read block by block. Use {option}={instead}, or prune in memory."
+            f"{asked} {reason}, but the model is read block by block. Use {instead}, or change the model in memory."
         )
 
 
 def _reasons_for_whole_model(config: PruningConfig) -> Iterator[tuple[str, str, str]]:
-    """Yield an option that needs more than a block, why, and what to choose instead."""
+    """Yield an option that needs more than a block, why, and what to use instead."""
     whole = "needs the whole model in memory"
     grams = "needs the Gram matrices of all layers in memory"
     weighs_rows = config.pattern.weigh_rows is not False
     if config.allocation.reads_gradients:
-        instead = "'uniform' and pattern='unstructured_layer'" if weighs_rows else "'uniform'"
+        instead = "by='equal'" if config.pattern.removes == "units" else "allocation='uniform'"
+        if weighs_rows:
+            instead += " and pattern='unstructured_layer'"
         yield "allocation", f"reads gradients, and {whole}", instead
     if weighs_rows:
-        yield "pattern", f"reads gradients, and {whole}", "'unstructured_layer'"
+        yield "pattern", f"reads gradients, and {whole}", "pattern='unstructured_layer'"
     if config.sequential == "none" and config.recovery.trains_blocks:
-        yield "sequential", f"with {config.shown('recovery')} trains blocks in memory", "'block'"
+        yield (
+            "sequential",
+            f"with {config.shown('recovery')} trains blocks in memory",
+            "sequential='block'",
+        )
     if config.sequential == "none" and "gram" in config.needs:
-        yield "sequential", f"with {config.shown('solver')} {grams}", "'block'"
+        yield "sequential", f"with {config.shown('solver')} {grams}", "sequential='block'"
     if "gram" in config.allocation.needs:
-        yield "allocation", grams, "'owl'"
+        yield "allocation", grams, "allocation='owl'"
     if config.recovery.reads_batches:
-        yield "recovery", whole, "'none' or 'reconstruct'"
+        yield "recovery", whole, "recovery='none' or 'reconstruct'"

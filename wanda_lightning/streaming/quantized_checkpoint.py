@@ -91,8 +91,8 @@ def refuse_changed_weights(settings: Mapping[str, Any] | None, name: str) -> Non
     if settings:
         raise UserError(
             f"The model {name!r} is quantized, and weights that change would have to be quantized again. Use "
-            "pattern='experts', which leaves the weights of kept experts as they are, or save the model in float32, "
-            "bfloat16 or float16, and prune that model."
+            "shrink_from_disk with experts=, which leaves the kept experts as they are, or save the model in float32, "
+            "bfloat16 or float16 first."
         )
 
 

@@ -149,7 +149,7 @@ def _run_samples(dense: DenseModel, head: Module | None) -> list[list[_Item]]:
     data = dense.data
     with (
         ProgressBar("Predicting", data.length, dense.progress) as bar,
-        recomputing(dense.model, dense.blocks),
+        recomputing(dense.blocks),
         dense.processes.fail_together(),
     ):
         for batch in data:
@@ -208,7 +208,7 @@ class _Distillation(ModelRecovery):
         with (
             note_on_error(lambda: _STOPPED, log.warning),
             MaskedWeights(dense.model, self.parameters, dense.layers, dense.processes) as weights,
-            recomputing(dense.model, dense.blocks),
+            recomputing(dense.blocks),
             ProgressBar("Distilling", steps, dense.progress) as bar,
         ):
             groups = weights.groups(settings.learning_rate)

@@ -168,8 +168,8 @@ def refuse_unloadable(model: Module) -> None:
         raise UserError(
             f"The model has widths that no configuration of {family.__name__} gives, and a modeling file can be "
             "written only for classes of transformers that an Auto class loads, but this one is from "
-            f"{family.__module__}. Use the model in memory, export it (torch.export, ONNX), or prune with "
-            "allocation='uniform'."
+            f"{family.__module__}. Use the model in memory, export it (torch.export, ONNX), or shrink with "
+            "by='equal'."
         )
 
 

@@ -31,7 +31,8 @@ def find_units(run: Run) -> UnitsByReader:
     """
     blocks = run.plan.block_stops or (_one_block(run.plan),)
     processes = run.plan.processes
-    samples = run.samples.first_samples(1)
+    sample = run.samples.first_sample()
+    samples = [] if sample is None else [sample]
     if not any(number for (number,) in processes.all_gather([len(samples)])):
         run.samples.refuse_if_empty()
 

@@ -74,13 +74,11 @@ class Allocation(ABC):
     Attributes:
         needs: The input statistics of the dense model that it reads.
         reads_gradients: Whether it reads gradients of the dense model.
-        fits_units: Whether it can distribute hidden units.
         cost: What a hidden unit costs, see `Fisher`.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     reads_gradients: ClassVar[bool] = False
-    fits_units: ClassVar[bool] = False
     cost: str = "units"
 
     @property
@@ -95,24 +93,18 @@ class Allocation(ABC):
         """Return the allocation for a stage of a schedule that has this fraction of the final sparsities."""
         return self
 
-    def limits(self, sparsity: float) -> tuple[float, float] | None:
-        """Return the lowest and the highest sparsity of a layer for a target; None if there are no limits."""
-        return None
-
     @abstractmethod
     def __call__(self, layers: Layers, sparsity: float) -> Sparsities:
         """Return the sparsity of each layer, by name, in [0, 1)."""
 
     def of_units(self, layers: UnitLayers, sparsity: float, pattern: Structured) -> Sparsities:
-        """Return the fraction of the hidden units of each layer that become zero, if `fits_units`."""
+        """Return the fraction of the hidden units of each layer that become zero."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Uniform(Allocation):
     """The same sparsity for every layer."""
-
-    fits_units = True
 
     def __call__(self, layers: Layers, sparsity: float) -> Sparsities:
         """Give every layer the target."""

@@ -64,7 +64,6 @@ class Fisher(Allocation):
     """
 
     reads_gradients = True
-    fits_units = True
     max_deviation: float = 0.15
     num_samples: int | None = None
     num_predictions: int = 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import Literal
 
 from wanda_lightning.common.checks import Number, check
 from wanda_lightning.common.grouping import grouped
@@ -32,17 +31,15 @@ class OWL(Allocation):
     Attributes:
         m: Threshold of an outlier, as a multiple of the mean score.
         lambda_: Half of the maximum difference between the sparsities of two blocks.
-        per: Whether all layers of a block get the same sparsity (the paper's choice), or each layer its own.
     """
 
     needs = Wanda.needs
     m: float = 5.0
     lambda_: float = 0.08
-    per: Literal["block", "layer"] = "block"
 
     def __post_init__(self) -> None:
         lambda_ = Number(minimum=0, maximum=0.5)
-        check(self, m=Number(above=0), lambda_=lambda_, per=("block", "layer"))
+        check(self, m=Number(above=0), lambda_=lambda_)
 
     def scaled(self, fraction: float) -> OWL:
         """Scale the differences between blocks."""
@@ -50,7 +47,7 @@ class OWL(Allocation):
 
     def __call__(self, layers: Layers, sparsity: float) -> Sparsities:
         """Give less sparsity to blocks with more outliers."""
-        groups = grouped(layers, attrgetter("block" if self.per == "block" else "name"))
+        groups = grouped(layers, attrgetter("block"))
 
         fractions = [self._outliers(members) for members in groups.values()]
         lowest = min(fractions)

@@ -31,7 +31,6 @@ class Refit(Solver):
     """
 
     needs = frozenset({"gram", "sum"})
-    fits_units = True
     dampening: float = 0.1
     steps: int = 30
     intercept: bool = True

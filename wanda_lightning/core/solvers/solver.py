@@ -18,14 +18,12 @@ class Solver(ABC):
     Attributes:
         needs: The input statistics that it reads, in addition to those of the criterion.
         takes_any_criterion: Whether the user may choose the criterion.
-        fits_units: Whether it solves layers whose zeros fill whole columns.
         intercept: Whether the bias of a layer, if it has one, is fitted together with the weights. The solver then gets
             `InputStatistics.centered()`.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     takes_any_criterion: ClassVar[bool] = True
-    fits_units: ClassVar[bool] = False
     intercept: bool = False
 
     @property
@@ -59,8 +57,6 @@ class Solver(ABC):
 @dataclass(frozen=True)
 class ZeroOut(Solver):
     """Set the pruned weights to zero and leave the others exactly as they are."""
-
-    fits_units = True
 
     def __call__(self, weight: Weight, inputs: InputStatistics, selection: Selection) -> Solved:
         """Choose, then set to zero."""

@@ -38,7 +38,7 @@ def prune_weights(run: Run) -> PruningReport:
     batch_norm = observe_batch_norm(run)
     run = allocate(run, choose_sparsities, pattern_for)
     recovery = start_recovery(run, run.plan.layers)
-    with pruning(run) as run:
+    with pruning(run):
         visit_stops(run, Observer(run.plan.observed, run.plan.processes), prune_stop)
         run.store.finish(run)
     run = correct_batch_norm(run, batch_norm)
@@ -49,10 +49,8 @@ def prune_weights(run: Run) -> PruningReport:
 def report_on_weights(run: Run) -> PruningReport:
     """Return the report of a run in which weights became zero."""
     dense = left_dense(run)
-    limits = run.plan.config.allocation.limits(run.plan.config.sparsity)
-    settings = {"allocation_limits": list(limits)} if limits else {}
     coverage = low_coverage(run.plan.inventory, dense)
-    return make_report(run, dense, coverage=coverage, settings=settings)
+    return make_report(run, dense, coverage=coverage)
 
 
 def choose_sparsities(plan: Plan, dense: DenseStatistics, read: ReadWeight) -> Sparsities:

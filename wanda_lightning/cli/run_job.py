@@ -1,10 +1,10 @@
-"""Run `prune`: `wanda_lightning.prune`, with measuring and saving around it.
+"""Run `prune` or `shrink`, with measuring and saving around it.
 
 Everything is on disk before a word is printed.
 """
 
 import ctypes
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -19,29 +19,24 @@ from torch.utils.data import DataLoader
 
 from wanda_lightning.cli.measure import logged_results, measure, metric_of
 from wanda_lightning.cli.model_and_data import AnyData, data_for, load
-from wanda_lightning.cli.options import PruneOptions, Results, as_command, values_of
+from wanda_lightning.cli.options import JobOptions, Results, as_command, values_of
 from wanda_lightning.cli.printing import print_line, print_table
 from wanda_lightning.cli.sample_text import PROMPTS, continuations, measure_loops
 from wanda_lightning.cli.saving import write_results
 from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.atomic_write import require_writable, resolve_path
-from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.model_source import ModelSource, load_config
+from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.data.images import ImageDataModule
 from wanda_lightning.data.own_text import sample_windows
 from wanda_lightning.data.sentences import SentenceDataModule
 from wanda_lightning.data.text import TextDataModule
 from wanda_lightning.data.text_sources import SELF
-from wanda_lightning.engine.prune import prune_as
 from wanda_lightning.evaluation import Evaluation, load_tasks
 from wanda_lightning.evaluation.results import Metrics
 from wanda_lightning.evaluation.tasks import Answers, answer, flips
-from wanda_lightning.experts.mixture_checks import refuse_without_mixtures
-from wanda_lightning.experts.size import fitting_sparsity, parse_size
-from wanda_lightning.loop.plan import make_plan, refuse_unprunable
 from wanda_lightning.modules.agreement import AfterBatch, Agreement
-from wanda_lightning.modules.model_loading import check_source, model_from_config
+from wanda_lightning.modules.model_loading import check_source
 from wanda_lightning.report import Circumstances, Continuations, Measured, PruningReport
 from wanda_lightning.report.descriptions import (
     METRICS,
@@ -49,12 +44,13 @@ from wanda_lightning.report.descriptions import (
     change_of,
     cost_of,
 )
-from wanda_lightning.streaming import shrink_from_disk
 from wanda_lightning.streaming.checkpoint import Checkpoint
-from wanda_lightning.streaming.from_disk import pruned_from_disk, refuse_whole_model
 from wanda_lightning.streaming.measure_perplexity import measured_from_disk
 from wanda_lightning.streaming.output_folder import PROGRESS_NAME, require_resumable
-from wanda_lightning.streaming.quantized_checkpoint import refuse_changed_weights, settings_of
+from wanda_lightning.streaming.shrinking_from_disk import changed_from_disk, refuse_from_disk
+from wanda_lightning.verbs.shrink import carry_out, fitted_parts, refuse_parts
+
+Parts = Sequence[PruningConfig]
 
 _MIB = 2**20
 _FEW_BYTES = 256 * _MIB  # of dense predictions, where memory is scarce
@@ -69,11 +65,12 @@ class _Measurement:
     loops: Metrics = field(default_factory=dict)
     accuracies: dict[str, Metrics] = field(default_factory=dict)
     answers: Answers = field(default_factory=dict)
+    size: float = 0.0  # MiB of the parameters; 0 for a model that was never in memory
 
 
 @dataclass(frozen=True)
-class _Pruned:
-    """A pruned model that is not saved yet, with what was measured before and after."""
+class _Done:
+    """A changed model that is not saved yet, with what was measured before and after."""
 
     report: PruningReport
     module: Any  # None for a model that was never in memory
@@ -81,29 +78,25 @@ class _Pruned:
     dense: _Measurement
     pruned: _Measurement
     agreement: Agreement
-    save: Callable[[bool], object]  # True leaves out the hidden units that are zero
+    save: Callable[[], object]
 
 
-def prune(config: PruningConfig, options: PruneOptions) -> None:
-    """Prune a model, measure it before and after, and save what was asked for."""
+def run_job(parts: Parts, options: JobOptions) -> None:
+    """Prune or shrink a model, measure it before and after, and save what was asked for."""
     data = options.data
     results = options.results
-    if results.max_size and not config.pattern.changes_shapes:
-        raise UserError(
-            f"--max_size chooses a number of experts, but {config.shown('pattern')} leaves the size as it is. Use "
-            "--pattern experts."
-        )
     L.seed_everything(data.seed, verbose=False)
     tasks = {}
     if data.eval_zero_shot:
         tasks = load_tasks(["paper"], data.tasks_dir, options.model.cache_dir)
 
-    pruning = _prune_from_disk if results.stream else partial(_prune_in_memory, tasks=tasks)
-    with pruning(config, options) as done:
-        report, sentence = _save(done, results)
-        run = _circumstances(done, config, options)
-        described = {**report.config, "command": _given_values(options)}
-        report = write_results(replace(report, run=run, config=described), options)
+    run_it = _run_from_disk if results.stream else partial(_run_in_memory, tasks=tasks)
+    with run_it(parts, options) as done:
+        if results.save_model is not None:
+            done.save()
+        run = _circumstances(done, parts, options)
+        described = {**done.report.config, "command": _given_values(options)}
+        report = write_results(replace(done.report, run=run, config=described), options)
         if tasks:
             # They take hours for a large model, so everything is saved before, too.
             _answer(done.module, tasks, done.data, done.pruned)
@@ -113,7 +106,7 @@ def prune(config: PruningConfig, options: PruneOptions) -> None:
             run = replace(run, zero_shot=accuracies, dense_zero_shot=done.dense.accuracies)
             report = write_results(replace(report, run=run), options)
 
-    for line in _summary(report, run, sentence, results):
+    for line in _summary(report, run, results):
         print_line(line)
     if tasks:
         name = options.model.model
@@ -129,10 +122,8 @@ def _answer(module: Any, tasks: Kwargs, data: Any, measured: _Measurement) -> No
 
 
 @contextmanager
-def _prune_in_memory(
-    config: PruningConfig, options: PruneOptions, tasks: Kwargs
-) -> Iterator[_Pruned]:
-    """Prune a whole model; measure it before and after on the accelerator, if there is one."""
+def _run_in_memory(parts: Parts, options: JobOptions, tasks: Kwargs) -> Iterator[_Done]:
+    """Change a whole model; measure it before and after on the accelerator, if there is one."""
     model, _, data, results = options
     name = model.model
     _keep_freed_memory()
@@ -143,27 +134,24 @@ def _prune_in_memory(
         if model.is_language:
             check_source(model.source(name))
         source = data_for(model, data, name)
-        if config.data_reader and data.calibration != (SELF,):
+        if _reads_data(parts) and data.calibration != (SELF,):
             source.calibration_dataloader()  # a text that cannot be read is refused at once
         module = load(model, name)  # after the data, since it may be large
 
     if isinstance(source, SentenceDataModule):
         source.model = module.model
-    if results.max_size:
-        sizes = {weight: tensor.nbytes for weight, tensor in module.model.named_parameters()}
-        config = _fitting(config, module.model, sizes, results.max_size)
-    # Refuse what cannot be pruned, and a text that is too short, before the model is measured.
-    plan = make_plan(config, module.model)
-    refuse_unprunable(plan.layers)
-    refuse_without_mixtures(config, module.model, plan.inventory)
-    batches = _calibration(config, module, source)
+    parts = fitted_parts(parts, module.model, options.max_size, print_line)
+    # Refuse what cannot be done, and a text that is too short, before the model is measured.
+    refuse_parts(parts, module.model)
+    batches = _calibration(parts, module, source)
     # The Trainer of a measurement chooses the same one.
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
     agreement = Agreement()
 
     def measurement(is_dense: bool) -> _Measurement:
-        measured = _Measurement()
+        size = sum(parameter.nbytes for parameter in module.model.parameters())
+        measured = _Measurement(size=size / _MIB)
         if data.evaluation:
             measured.metrics.update(measure(module, source, agreement, is_dense))
         module.to(device)  # at its end, the Trainer moves the model to the CPU
@@ -181,38 +169,35 @@ def _prune_in_memory(
     dense = measurement(is_dense=True)
     if tasks:
         _answer(module, tasks, source, dense)
-    report = prune_as(
-        plan,
+    report = carry_out(
+        parts,
+        module.model,
         batches,
-        forward=lambda batch: module.calibration_step(on_device(batch)),
-        predict=lambda batch: module.calibration_predictions(on_device(batch)),
+        lambda batch: module.calibration_step(on_device(batch)),
+        lambda batch: module.calibration_predictions(on_device(batch)),
     )
     pruned = measurement(is_dense=False)
     save = partial(module.save_pretrained, results.save_model, results.overwrite)
-    yield _Pruned(report, module, source, dense, pruned, agreement, save)
+    yield _Done(report, module, source, dense, pruned, agreement, save)
 
 
 @contextmanager
-def _prune_from_disk(config: PruningConfig, options: PruneOptions) -> Iterator[_Pruned]:
-    """Prune one block at a time. If what follows fails or is killed, the same command continues from there."""
+def _run_from_disk(parts: Parts, options: JobOptions) -> Iterator[_Done]:
+    """Change one block at a time. If what follows fails or is killed, the same command continues from there."""
     model, _, data, results = options
     hub = model.source(model.model)
     output = results.save_model or ""
 
-    # Refuse what cannot be pruned from disk or written, before the model is measured.
-    refuse_whole_model(config)
+    # Refuse what cannot be changed from disk or written, before the model is measured.
     require_resumable(output)
     continues = (resolve_path(output) / PROGRESS_NAME).is_file()
     if results.save is not None and not continues:
         require_writable(results.save, results.overwrite, "folder")
     check_source(hub)
-    if not config.pattern.changes_shapes:
-        refuse_changed_weights(settings_of(load_config(hub), model.model), model.model)
-    if results.max_size:
-        config = _fitting_from_disk(config, hub, model.dtype, results.max_size)
-    if config.pattern.changes_shapes:  # before the model is measured
-        plan = make_plan(config, model_from_config(hub), by_block=True)
-        refuse_without_mixtures(config, plan.model, plan.inventory)
+    if options.max_size:
+        whole = Checkpoint(hub, model.dtype)
+        parts = fitted_parts(parts, whole.model, options.max_size, print_line, whole.sizes())
+    refuse_from_disk(parts, hub)
     source: Any = data_for(model, data, model.model)
     batches = source.calibration_dataloader()
 
@@ -227,13 +212,9 @@ def _prune_from_disk(config: PruningConfig, options: PruneOptions) -> Iterator[_
                 measured.metrics.update(_perplexities_from_disk(checkpoint, source, after_batch))
         return measured
 
-    def save(shrink: bool) -> object:
-        # The pruned model is in its folder already.
-        return shrink and shrink_from_disk(output, output, overwrite=True, **hub.hub)
-
     dense = measurement(model.model, True, model.dtype)
-    with pruned_from_disk(
-        config,
+    with changed_from_disk(
+        parts,
         hub,
         output,
         batches,
@@ -242,24 +223,12 @@ def _prune_from_disk(config: PruningConfig, options: PruneOptions) -> Iterator[_
         device=results.device,
     ) as report:
         pruned = measurement(output, is_dense=False)
-        yield _Pruned(report, None, source, dense, pruned, agreement, save)
+        # The model is in its folder already.
+        yield _Done(report, None, source, dense, pruned, agreement, save=lambda: None)
 
 
-def _fitting(
-    config: PruningConfig, model: Any, sizes: Mapping[str, int], max_size: str
-) -> PruningConfig:
-    """Return the choices with the smallest sparsity with which the model fits, and print how many experts stay."""
-    sparsity, sentence = fitting_sparsity(model, sizes, parse_size(max_size))
-    print_line(sentence)
-    return replace(config, sparsity=sparsity)
-
-
-def _fitting_from_disk(
-    config: PruningConfig, source: ModelSource, dtype: str, max_size: str
-) -> PruningConfig:
-    """Return the same for a model on disk, whose embeddings and head are in memory meanwhile."""
-    checkpoint = Checkpoint(source, dtype)
-    return _fitting(config, checkpoint.model, checkpoint.sizes(), max_size)
+def _reads_data(parts: Parts) -> bool:
+    return any(part.data_reader for part in parts)
 
 
 def _perplexities_from_disk(
@@ -280,9 +249,9 @@ def _perplexities_from_disk(
     return metrics
 
 
-def _calibration(config: PruningConfig, module: Any, source: AnyData) -> Any:
+def _calibration(parts: Parts, module: Any, source: AnyData) -> Any:
     """Return the calibration batches; None if nothing reads them."""
-    if config.data_reader is None and not isinstance(source, ImageDataModule):
+    if not _reads_data(parts) and not isinstance(source, ImageDataModule):
         return None
     if not isinstance(source, TextDataModule):
         return source.calibration_dataloader()
@@ -304,41 +273,25 @@ def _keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def _save(done: _Pruned, results: Results) -> tuple[PruningReport, str]:
-    """Save the model, if it is to be saved: smaller if that was asked for and is possible, else with its zeros.
-
-    Return the report of the saved model, and a sentence to print about it.
-    """
-    sentence = ""
-    if results.shrink:
-        try:
-            sentence = str(done.save(True))
-            return done.report.marked_as_shrunk(), sentence
-        except UserError as error:  # pruning may have taken hours
-            sentence = f"Note: the model is saved with its zeros. {error}"
-    if results.save_model is not None:
-        done.save(False)
-    return done.report, sentence
-
-
-def _given_values(options: PruneOptions) -> Kwargs:
+def _given_values(options: JobOptions) -> Kwargs:
     """Return the options of the command that have a value."""
     values = values_of(*options)
     return {name: value for name, value in values.items() if value not in (None, ())}
 
 
-def _circumstances(done: _Pruned, config: PruningConfig, options: PruneOptions) -> Circumstances:
+def _circumstances(done: _Done, parts: Parts, options: JobOptions) -> Circumstances:
     """Describe the run and its results."""
     model = options.model.model
     if options.data.checkpoint:
         model += f" ({options.data.checkpoint})"
     calibration = ""
-    if config.data_reader is not None:
+    if _reads_data(parts):
         calibration = done.data.describe_calibration(done.data.num_samples)
     # A pattern such as 2:4 decides on the sparsity; any other command has to say it.
-    always = ["sparsity"] if config.pattern.fixed_sparsity is None else []
+    is_pruned = parts[0].pattern.removes == "weights"
+    always = ["sparsity"] if is_pruned and parts[0].pattern.fixed_sparsity is None else []
     run = Circumstances(
-        command=as_command("prune", *options, always=always),
+        command=as_command("prune" if is_pruned else "shrink", *options, always=always),
         model=model,
         calibration=calibration,
         costs=_costs(done, options.results.save_model),
@@ -353,7 +306,7 @@ def _circumstances(done: _Pruned, config: PruningConfig, options: PruneOptions) 
     return replace(run, metric=metric_of(done.data).name, **vars(first), others=tuple(others))
 
 
-def _results(done: _Pruned) -> Iterator[Measured]:
+def _results(done: _Done) -> Iterator[Measured]:
     """Yield the results on each data set."""
     before = done.dense.metrics
     after = done.pruned.metrics
@@ -369,7 +322,7 @@ def _results(done: _Pruned) -> Iterator[Measured]:
         )
 
 
-def _loops(done: _Pruned) -> Measured | None:
+def _loops(done: _Done) -> Measured | None:
     """Return the shares of continuations that end in a loop, if both models have continued prompts."""
     before = done.dense.loops
     after = done.pruned.loops
@@ -379,25 +332,20 @@ def _loops(done: _Pruned) -> Measured | None:
     return Measured(data, before["in_a_loop"], after["in_a_loop"])
 
 
-def _costs(done: _Pruned, folder: str | None) -> tuple[Measured, ...]:
+def _costs(done: _Done, folder: str | None) -> tuple[Measured, ...]:
     """Return the size of both models; that after pruning is of the saved files, if any."""
     if done.module is None:  # it was never in memory
         return ()
-    dense = sum(parameter.nbytes for parameter in done.module.model.parameters()) / _MIB
-    pruned = dense
+    pruned = done.pruned.size
     if folder is not None:
         files = Path(folder).expanduser().glob("*.safetensors")
         pruned = sum(file.stat().st_size for file in files) / _MIB
-    return (Measured("MiB of weights", dense, pruned),)
+    return (Measured("MiB of weights", done.dense.size, pruned),)
 
 
-def _summary(
-    report: PruningReport, run: Circumstances, sentence: str, results: Results
-) -> Iterator[str]:
+def _summary(report: PruningReport, run: Circumstances, results: Results) -> Iterator[str]:
     """Yield the lines that a run prints at its end."""
     yield report.summary()
-    if sentence:
-        yield sentence
     for result in run.results:
         yield change_of(METRICS[run.metric], result)
         sentence = agreement_in_a_sentence(result)

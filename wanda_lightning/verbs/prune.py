@@ -1,7 +1,7 @@
 """Prune a model in one shot: `prune`, and what the callbacks call."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,29 +13,21 @@ from wanda_lightning.calibration.gradients import check_predictions
 from wanda_lightning.calibration.observer import PassiveCalibration
 from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.samples import Samples
-from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, check_choices
-from wanda_lightning.experts.remove_experts import remove_experts
+from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, config_of
 from wanda_lightning.loop.plan import DenseStatistics, Plan, make_plan, refuse_unprunable
 from wanda_lightning.loop.run import Run, WeightStore
 from wanda_lightning.loop.steps import begin, data_reader, norms_to_correct, with_sparsities
-from wanda_lightning.masks.prune_weights import (
+from wanda_lightning.report import PruningReport
+from wanda_lightning.training.predictions import predictions_of
+from wanda_lightning.verbs.prune_weights import (
     choose_sparsities,
     pattern_for,
     prune_stop,
     prune_weights,
     report_on_weights,
 )
-from wanda_lightning.report import PruningReport
-from wanda_lightning.training.predictions import predictions_of
-from wanda_lightning.units.remove_units import remove_units
 
 log = logging.getLogger(__name__)
-
-_REMOVALS: Mapping[str, Callable[[Run], PruningReport]] = {
-    "weights": prune_weights,
-    "units": remove_units,
-    "experts": remove_experts,
-}
 
 _ONE_LOOP = "the batches of a validation loop run only once"
 
@@ -58,12 +50,11 @@ def prune(
 
     Args:
         model: The model; only its weights and the running statistics of BatchNorm layers change, in place; with the
-            solvers `ADMM` and `Refit`, biases of the pruned layers, too. With `pattern="experts"`, experts leave the
-            model.
+            solvers `ADMM` and `Refit`, biases of the pruned layers, too.
         batches: Calibration batches, or a list of texts for a model that tokenizes them; all of them are used.
             `Magnitude` needs none, except for BatchNorm layers.
-        sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1); of their hidden units or experts
-            with such a pattern. Or a `PruningConfig` with all choices.
+        sparsity: Fraction of the pruned layers' weights that become zero, in [0, 1); or a `PruningConfig` with all
+            choices.
         forward: Runs one batch through the model.
         progress: Show a bar (plain lines if there is no terminal).
         **choices: The other arguments of `PruningConfig`: `method`, `criterion`, `pattern`, `allocation`,
@@ -76,35 +67,8 @@ def prune(
         ValueError: If the model cannot be pruned as asked, before any weight is written; or if an activation is NaN or
             infinite.
     """
-    check_choices(sparsity, choices, prune)
-    config = sparsity if isinstance(sparsity, PruningConfig) else PruningConfig(sparsity, **choices)
-    return prune_as(make_plan(config, model), batches, forward=forward, progress=progress)
-
-
-def prune_as(
-    plan: Plan,
-    batches: Iterable[Any] | None = None,
-    *,
-    forward: BatchFunction | None = None,
-    predict: BatchFunction | None = None,
-    progress: bool = True,
-    store: WeightStore = WeightStore(),
-) -> PruningReport:
-    """Prune as planned, in one process or several.
-
-    Args:
-        plan: The choices, the model and the processes. All of these processes call this, with the same choices and a
-            full copy of the model. Statistics are summed over all of them, so they choose the same masks; an error in
-            one process ends all of them.
-        batches: Calibration batches of this process.
-        forward: Runs one batch through the model.
-        predict: Runs one batch and returns the logits, for choices that read gradients or train on predictions; by
-            default `forward`.
-        progress: Show a bar in the first process.
-        store: Where the weights are.
-    """
-    run = begin(plan, batches, forward, predict, progress, store)
-    return _REMOVALS[plan.config.pattern.removes](run)
+    config = config_of(sparsity, prune, **choices)
+    return prune_weights(begin(make_plan(config, model), batches, forward, progress=progress))
 
 
 def rehearse(
@@ -113,7 +77,7 @@ def rehearse(
     forward: BatchFunction,
     predict: BatchFunction,
 ) -> None:
-    """Raise the errors of a later `prune_as` that the weights or one forward pass of the first batch show.
+    """Raise the errors of a later pruning that the weights or one forward pass of the first batch show.
 
     `find_batches` is called if a choice reads batches, and returns None if no batch can be spared.
     """

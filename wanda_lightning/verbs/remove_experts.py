@@ -39,6 +39,7 @@ from wanda_lightning.models.layers import named_modules
 from wanda_lightning.report import PrunedLayer, PruningReport
 from wanda_lightning.units.candidates import replace_attributes
 from wanda_lightning.units.fit_configuration import fit_configuration
+from wanda_lightning.units.fit_settings import SHAPES
 
 
 def remove_experts(run: Run) -> PruningReport:
@@ -62,7 +63,7 @@ def remove_experts(run: Run) -> PruningReport:
 
     batch_norm = observe_batch_norm(run)
     run = observe_in_one_pass(run, removal.saliency)
-    with pruning(run) as run:
+    with pruning(run):
         visit_stops(run, removal.saliency, removal.prune_stop, removal.restore)
         removal.refuse_unreached()
         run.store.finish(run)
@@ -137,9 +138,7 @@ class _ExpertRemoval:
             for slot in mixture.slots:
                 name = f"{names[slot.module]}.{slot.name}"
                 run.done.kept[name] = KeptEntries(slot.dim, indices)
-            assert run.buffers is not None
-            with run.buffers.changing(slot.module for slot in mixture.slots):
-                mixture.take(keep[mixture.name])
+            mixture.take(keep[mixture.name])
             del self._complete[mixture.experts]
 
     def restore(self, layers: Sequence[Layer]) -> None:
@@ -224,16 +223,18 @@ def _declare(config: PruningConfig, model: Module, mixtures: Sequence[Mixture]) 
     Raises:
         UserError: If no configuration describes the model; this is undone then.
     """
+    # After hidden units have left, a modeling file may build the model.
+    has_own_shapes = hasattr(getattr(model, "config", None), SHAPES)
     left = len(mixtures[0].slots[-1].tensor)
     counters = counters_in(model, mixtures[0].number)
     undo = ExitStack()
     undo.callback(replace_attributes((module, name, left) for module, name in counters))
     problem, undo_configuration = fit_configuration(model)
     undo.callback(undo_configuration)
-    if problem:
+    if problem and not has_own_shapes:
         undo.close()
         raise UserError(
             f"{config.shown('pattern')} changes the shapes of the model, but {problem}. "
-            "Use pattern='unstructured' or '2:4'."
+            "Use prune, which makes zeros."
         )
     return undo.close

@@ -1,4 +1,4 @@
-"""Remove whole hidden units: find those that can leave, choose, and fill them with zeros, which `shrink` takes out."""
+"""Choose hidden units that can leave a model, and fill them with zeros, which `zero_units.py` takes out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from wanda_lightning.loop.steps import (
     start_recovery,
     visit_stops,
 )
-from wanda_lightning.masks.prune_weights import prune_stop, share_of_zeros
 from wanda_lightning.models import (
     Layer,
     ReadWeight,
@@ -38,6 +37,7 @@ from wanda_lightning.report import PrunedLayer, PruningReport
 from wanda_lightning.units.candidates import UnitsByReader
 from wanda_lightning.units.costs import unit_costs
 from wanda_lightning.units.search import find_units
+from wanda_lightning.verbs.prune_weights import prune_stop, share_of_zeros
 
 
 def remove_units(run: Run) -> PruningReport:
@@ -51,7 +51,7 @@ def remove_units(run: Run) -> PruningReport:
     run = allocate(run, found.choose_sparsities, found.pattern_for, found.unit_columns)
     # Layers without hidden units train, too.
     recovery = start_recovery(run, all_layers)
-    with pruning(run) as run:
+    with pruning(run):
         observer = Observer(run.plan.observed, run.plan.processes)
         visit_stops(run, observer, partial(_prune_stop, found))
         run.store.finish(run)
@@ -140,7 +140,7 @@ def _zero_units(found: FoundUnits, run: Run, record: PrunedLayer) -> None:
     number = int(zeros.sum())
     run.done.zero_units[record.name] = number
 
-    note = f"{number:,} of {units.width:,} hidden units are zero"
+    note = f"{number:,} of {units.width:,} hidden units leave"
     if record.note:
         note = f"{record.note}; {note}"
     records[record.name] = replace(record, note=note)
@@ -180,8 +180,8 @@ def _notes(run: Run, found: FoundUnits) -> Iterator[Note]:
     width = sum(widths.values())
     if not number:
         yield Note(
-            f"none of {width:,} hidden units is zero, because sparsity={config.sparsity:g} rounds to no "
-            "unit of any layer: use a smaller multiple_of, or a higher sparsity"
+            f"none of {width:,} hidden units is zero, because {config.shown('sparsity')} rounds to no "
+            "unit of any layer: use a smaller multiple_of, or remove more"
         )
         return
     share_of_cost = ""
@@ -189,7 +189,7 @@ def _notes(run: Run, found: FoundUnits) -> Iterator[Note]:
         share = found.cost_of(run.done.zero_units) / found.cost_of(widths)
         share_of_cost = f", {share:.1%} of the {config.allocation.cost} of all"
     yield Note(
-        f"{number:,} of {width:,} hidden units are zero{share_of_cost}; shrink() takes them out",
+        f"{number:,} of {width:,} hidden units leave{share_of_cost}",
         is_warning=False,
     )
 
@@ -207,8 +207,7 @@ def _wide_enough(plan: Plan, units: UnitsByReader) -> UnitsByReader:
     if not units:
         raise UserError(
             f"{name} finds no hidden units in the model: in no block does one layer read what others write, with every "
-            "unit apart from the rest. Merge adapters first, if there are any, and let skip= and only= leave out no "
-            "layer of an MLP; or use pattern='unstructured' or '2:4'."
+            "unit apart from the rest. Let skip= and only= leave out no layer of an MLP, or make zeros with prune."
         )
     widths = {reader: found.width for reader, found in units.items()}
     pattern.check_widths(widths, plan.config.sparsity, name)

@@ -1,4 +1,4 @@
-"""Take out the hidden units that are zero on both sides: the inverse of pruning with `pattern="structured"`.
+"""Take out the hidden units that are zero on both sides.
 
 No calibration data is needed. Candidates come from shapes and zeros, and each must leave what its block computes as it
 was: the block runs on a small batch before and after.
@@ -6,8 +6,8 @@ was: the block runs on a small batch before and after.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wanda_lightning.calibration.batches import BatchFunction, to_device
+from wanda_lightning.calibration.batches import to_device
 from wanda_lightning.calibration.lockstep import lockstep, whole_model_calls
 from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.calibration.samples import Sample, forward_batch
@@ -36,6 +36,7 @@ from wanda_lightning.models import (
 )
 from wanda_lightning.models.layers import named_modules
 from wanda_lightning.parallel import is_sharded
+from wanda_lightning.report import PrunedLayer, PruningReport
 from wanda_lightning.units.block_runs import BlockRuns, device_of
 from wanda_lightning.units.candidates import HiddenUnits, removable_units
 from wanda_lightning.units.fit_configuration import fit_configuration
@@ -45,55 +46,62 @@ _TEXTS = ("A short sentence.", "Another sentence, which is a little longer than 
 
 @dataclass
 class Shrunk:
-    """The result of `shrink`: what was taken out, and what stays."""
+    """The hidden units that were taken out, and what stays."""
 
-    # By reader: its units before and after.
-    layers: dict[str, tuple[int, int]] = field(default_factory=dict)
+    layers: dict[str, PrunedLayer] = field(default_factory=dict)  # those that read units which left
+    taken: int = 0  # units that were taken out of these layers
+    units: int = 0  # units that these layers had
     unproven: int = 0  # units that stay, since the model did not compute the same without them
     parameters: tuple[int, int] = (0, 0)  # before and after
     misfit: str = ""  # why no ordinary configuration describes the smaller model
     note: str = ""  # on what else is different in a saved folder
-
-    @property
-    def units(self) -> int:
-        """Number of units that were taken out."""
-        return sum(before - after for before, after in self.layers.values())
-
-    def refuse_if_unchanged(self) -> None:
-        """Raise an error if nothing was taken out, although a smaller model is to be saved."""
-        if not self.layers:
-            raise UserError(
-                f"shrink must remove something. {self} Prune with the pattern 'structured' first."
-            )
 
     def __str__(self) -> str:
         """Return the result in sentences."""
         text = "Nothing can be removed: no hidden unit is zero on both sides."
         if self.layers:
             before, after = self.parameters
-            units = sum(number for number, _ in self.layers.values())
             text = (
-                f"Took out {self.units:,} of {units:,} hidden units in "
+                f"Took out {self.taken:,} of {self.units:,} hidden units in "
                 f"{quantity(len(self.layers), 'layer')}; {after:,} of {before:,} parameters are left."
             )
+        return " ".join((text, *self.notes()))
+
+    def notes(self) -> Iterator[str]:
+        """Yield what a user should know."""
         if self.unproven:
-            text += (
-                f" {quantity(self.unproven, 'unit stays', 'units stay')}, zero on both sides: the batch did not "
+            yield (
+                f"{quantity(self.unproven, 'unit stays', 'units stay')}, zero on both sides: the batch did not "
                 "reach the layers, or the model did not compute the same without them."
             )
         if self.misfit:
-            text += (
-                f" A saved folder loads with trust_remote_code=True only, because {self.misfit}. Programs with their "
+            yield (
+                f"A saved folder loads with trust_remote_code=True only, because {self.misfit}. Programs with their "
                 "own code for the family, such as MLX and llama.cpp, need one width that the configuration says: for "
-                "them, prune with allocation='uniform'."
+                "them, shrink with by='equal'."
             )
         if self.note:
-            text += f" Note: {self.note}."
-        return text
+            yield f"{self.note}."
+
+    def report(self, seconds: float) -> PruningReport:
+        """Return the report of a model out of which only units that were zero have left."""
+        before, after = self.parameters
+        return PruningReport(
+            layers=tuple(self.layers.values()),
+            skipped=(),
+            parameters=before,
+            zeros=before - after,
+            seconds={"shrink": seconds},
+            config={"preset": "", "pattern": {"name": "Structured"}},
+            notes=(str(self),),
+            shrunk=True,
+        )
 
 
-def shrink(model: nn.Module, batch: Any = None, forward: BatchFunction | None = None) -> Shrunk:
-    """Take out, in place, the hidden units that are zero on both sides, as `pattern="structured"` leaves them.
+def take_out_zero_units(
+    model: nn.Module, forward: Callable[[], object] | None, progress: bool = True
+) -> Shrunk:
+    """Take out, in place, the hidden units that are zero on both sides.
 
     The model computes the same, to rounding, with fewer parameters; this is checked with one batch for each layer.
     Units that are zero on one side only, for example since training has changed them, stay. The configuration of a
@@ -101,71 +109,63 @@ def shrink(model: nn.Module, batch: Any = None, forward: BatchFunction | None = 
 
     Args:
         model: The model, in memory and not sharded.
-        batch: Runs through the model; by default a small one is made for models of transformers and timm. Its values
-            matter little, but it must reach every layer that is to become smaller.
-        forward: Runs the batch through the model. The default is `model(**batch)` for a mapping, `model(batch[0])` for
-            a tuple or list, and `model(batch)` for a tensor.
-
-    Returns:
-        What was taken out; its `str` says so in words.
+        forward: Runs a batch through the model; by default a small one is made for models of transformers, timm and
+            sentence-transformers. It must reach every layer that is to become smaller.
+        progress: Show a bar.
 
     Raises:
         ValueError: If the model has adapters, is sharded, or cannot run on the batch. It is unchanged then.
     """
+    refuse_parts_of_layers(model)
+    before = number_of_parameters(model)
     with ExitStack() as undo:
-        result = _take_out(undo, model, batch, forward)
+        search = _EmptyUnits(model, undo)
+        if search.finds_any():
+            batch = example_batch(model) if forward is None else None
+            if batch is not None:
+                forward = partial(forward_batch, model, batch)
+            if forward is None:
+                raise UserError(
+                    f"shrink compares runs of a batch, but cannot make one for a {type(model).__name__}. Give batches, "
+                    "and forward= if model(batch) is not the way to run one."
+                )
+            # A batch of the caller may be large.
+            threads = nullcontext() if batch is None else one_thread()
+            with threads, ProgressBar("Shrinking", len(search.blocks), progress) as bar:
+                _take_out_of_model(search, model, Sample(forward, forward), bar)
         undo.pop_all()
-    return result
+    search.result.parameters = before, number_of_parameters(model)
+    return search.result
 
 
-@contextmanager
-def shrunk(model: nn.Module, batch: Any = None) -> Iterator[Shrunk]:
-    """Shrink a model in this block, and put the zeros back at its end. Refuses a model without units to remove."""
-    with ExitStack() as undo:
-        result = _take_out(undo, model, batch, None)
-        result.refuse_if_unchanged()
-        yield result
-
-
-def _take_out(
-    undo: ExitStack, model: nn.Module, batch: Any, forward: BatchFunction | None
-) -> Shrunk:
+def refuse_parts_of_layers(model: nn.Module) -> None:
+    """Refuse a model whose layers are sharded, or have adapters."""
     if is_sharded(model):
         raise UserError(
-            "shrink needs whole layers, but the model is sharded. Shrink it later, in one process."
+            "shrink needs whole layers, but the model is sharded. Shrink it before, or later in one process."
         )
     if (adapted := adapted_module(model)) is not None:
         raise UserError(
             f"shrink would break adapters, such as that of {adapted}. Merge them first (lora.merge(model))."
         )
-    before = number_of_parameters(model)
-    search = _EmptyUnits(model, undo)
-    if search.finds_any():
-        sample = _sample(model, batch, forward)
-        # A batch of the caller may be large.
-        threads = one_thread() if batch is None else nullcontext()
-        with threads, ProgressBar("Shrinking", len(search.blocks)) as bar:
-            _take_out_of_model(search, model, sample, bar)
-    search.result.parameters = before, number_of_parameters(model)
-    return search.result
 
 
 def _take_out_of_model(
     search: _EmptyUnits, model: nn.Module, sample: Sample, bar: ProgressBar
 ) -> None:
     """Take all empty units out, and adapt the configuration; refuse a model that then computes something else."""
-    with pruning_mode(model, search.changed):
+    with pruning_mode(model):
         whole = _take_out_of_blocks(search, model, sample, bar)
 
     def is_same() -> bool:
-        with pruning_mode(model, search.changed):
+        with pruning_mode(model):
             return whole.same_results()
 
     bar.show("whole model")
     if not is_same():
         raise UserError(
             "shrink must not change what the model computes, but without its zero units its outputs on the batch "
-            "differ. Nothing was removed. Give a batch of real data with batch=, or keep the zeros."
+            "differ. Nothing was removed. Give a batch of real data, or keep the zeros."
         )
     search.result.unproven = search.count_left()
     if search.result.layers:
@@ -198,24 +198,11 @@ def _take_out_of_blocks(
     return whole
 
 
-def _sample(model: nn.Module, batch: Any, forward: BatchFunction | None) -> Sample:
-    if batch is None:
-        batch = example_batch(model)
-    if batch is None:
-        raise UserError(
-            f"shrink compares runs of a batch, but cannot make one for a {type(model).__name__}. Give batch=, and "
-            "forward= if model(batch) is not the way to call it."
-        )
-    run = partial(forward or partial(forward_batch, model), batch)
-    return Sample(run, run)
-
-
 class _EmptyUnits:
     """Takes out the units of one block after the other."""
 
     def __init__(self, model: nn.Module, undo: ExitStack) -> None:
         self.result = Shrunk()
-        self.changed: set[nn.Module] = set()
         self._model = model
         self._stops = find_layers(model).stops
         self.blocks = [stop for stop in self._stops if stop.is_block]
@@ -230,8 +217,9 @@ class _EmptyUnits:
             for units, empty in self._candidates(reader, block):
                 if empty.all():
                     empty[0] = False  # a layer without inputs is no layer
+                shape = reader.shape
                 if self._take_if_same(units, empty, runs):
-                    self._note_taken(reader, units, empty)
+                    self._note_taken(reader, shape, units, empty)
                     break
 
     def _take_if_same(self, units: HiddenUnits, empty: Tensor, runs: BlockRuns) -> bool:
@@ -243,10 +231,22 @@ class _EmptyUnits:
             self.undo.enter_context(undo.pop_all())
         return True
 
-    def _note_taken(self, reader: Layer, units: HiddenUnits, empty: Tensor) -> None:
-        self.result.layers[reader.name] = units.width, int((~empty).sum())
+    def _note_taken(
+        self, reader: Layer, shape: tuple[int, int], units: HiddenUnits, empty: Tensor
+    ) -> None:
+        taken = int(empty.sum())
+        self.result.taken += taken
+        self.result.units += units.width
+        share = taken / units.width
+        self.result.layers[reader.name] = PrunedLayer(
+            name=reader.name,
+            shape=shape,
+            target=share,
+            sparsity=share,
+            tokens=0,
+            note=f"{taken:,} of {units.width:,} hidden units were taken out",
+        )
         modules = {slot.module for slot in units.slots}
-        self.changed |= modules
         self._zeros = {key: value for key, value in self._zeros.items() if key[0] not in modules}
 
     @property
@@ -294,11 +294,8 @@ class _EmptyUnits:
                 yield units, empty
 
 
-def example_batch(model: nn.Module, image_size: int | tuple[int, int] | None = None) -> Any:
-    """Return a small batch for a model of transformers, timm or sentence-transformers; None for any other.
-
-    A model of timm that was built for another size of images than its architecture may need that size.
-    """
+def example_batch(model: nn.Module) -> Any:
+    """Return a small batch for a model of transformers, timm or sentence-transformers; None for any other."""
     if reads_texts(model):
         return to_device(text_features(model, _TEXTS), device_of(model))
     config: Any = getattr(model, "config", None)
@@ -309,9 +306,7 @@ def example_batch(model: nn.Module, image_size: int | tuple[int, int] | None = N
         return None
 
     channels, *size = settings["input_size"]
-    size = image_size or next(_built_for(model), size)
-    if isinstance(size, int):
-        size = (size, size)
+    size = next(_built_for(model), size)
     # Built with `in_chans`; a multiple of the channels may be whole pixels that the model puts side by side first.
     stem = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), channels)
     return _noise(model, stem if stem % channels else channels, *size)

@@ -16,15 +16,18 @@ from support.zoo import ZOO, batches_of, cast, matching, matrices, model_of, run
 from torch import nn
 from torch.testing import assert_close
 
-from wanda_lightning import ADMM, Reconstruct, SparseGPT
+from wanda_lightning import ADMM, PruningConfig, Reconstruct, SparseGPT
 from wanda_lightning.calibration.observer import PassiveCalibration
 from wanda_lightning.core import Refit, Structured, statistics
-from wanda_lightning.engine.prune import prune_collected
-from wanda_lightning.masks import prune_weights
+from wanda_lightning.loop.plan import make_plan
+from wanda_lightning.loop.steps import begin
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import find_layers
 from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.training.held_zeros import HeldZeros, zeros_of
+from wanda_lightning.verbs import prune_weights
+from wanda_lightning.verbs.prune import prune_collected
+from wanda_lightning.verbs.remove_units import remove_units
 
 
 def assert_complete(report, model, specimen, dense):
@@ -311,13 +314,9 @@ def test_the_outputs_are_nearer_with_a_fitted_bias_which_large_means_do_not_ruin
 def test_columns_and_bias_are_the_least_squares_solution():
     dense = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), layer(24))
     model = deepcopy(dense)
-    prune(
-        model,
-        [CORRELATED],
-        0.5,
-        pattern=Structured(multiple_of=4),
-        solver=Refit(dampening=1e-7),
-    )
+    pattern = Structured(multiple_of=4)
+    config = PruningConfig(0.5, pattern=pattern, solver=Refit(dampening=1e-7))
+    remove_units(begin(make_plan(config, model), [CORRELATED], progress=False))
     hidden = dense[:2](CORRELATED)
     kept = (model[2].weight != 0).any(0)
     assert kept.sum() == 12

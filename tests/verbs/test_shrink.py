@@ -1,0 +1,115 @@
+"""`shrink`: its parts one after the other, and what it refuses."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from support.experts import build
+from support.layers import assert_same
+from support.mlps import relu_mlp
+from support.quiet import shrink, zero_units
+from support.refusals import Untouched, refusal, refuses
+from support.zoo import ZOO, batches_of, model_of, number_of_weights, run_all
+from torch import nn
+
+from wanda_lightning.shrink_config import ShrinkConfig
+from wanda_lightning.units.zero_units import take_out_zero_units
+
+BATCHES = ZOO["mixtral_padded"].batches
+DENSE_BLOCK = {"qwen3_moe": {"mlp_only_layers": [0]}, "deepseek_v3": {"first_k_dense_replace": 1}}
+
+
+@pytest.mark.parametrize(
+    ("name", "choices"), [("llama", {}), ("vit", {"by": "loss", "refit": False}), ("resnet18", {})]
+)
+def test_units_become_zero_and_then_leave(name, choices):
+    model = model_of(name)
+    expected = deepcopy(model)
+    zeros = zero_units(expected, batches_of(name), 0.5, **choices)
+    take_out_zero_units(expected, lambda: run_all(expected, batches_of(name)[:1]), progress=False)
+    report = shrink(model, batches_of(name), units=0.5, **choices)
+    assert_same(model, expected)
+    assert number_of_weights(model) < report.parameters
+    assert report.shrunk
+    assert [layer.sparsity for layer in report.layers] == [layer.sparsity for layer in zeros.layers]
+
+
+@pytest.mark.parametrize("family", DENSE_BLOCK)
+def test_experts_leave_after_the_units_and_the_folder_loads(family, tmp_path):
+    """In DeepSeek-V3, one number of the configuration is the width of routed and shared experts: it needs a file."""
+    model = build(family, **DENSE_BLOCK[family])
+    expected = deepcopy(model)
+    # An iterator gives its batches to both parts.
+    report = shrink(model, iter(BATCHES()), units=0.5, experts=0.25)
+    one_by_one = [
+        shrink(expected, BATCHES(), **part) for part in ({"units": 0.5}, {"experts": 0.25})
+    ]
+    assert_same(model, expected)
+    assert report.layers == tuple(layer for part in one_by_one for layer in part.layers)
+    assert report.zeros == report.parameters - number_of_weights(model)
+    assert (report.config["sparsity"], report.config["experts"]) == (0.5, 0.25)
+
+    names = [layer.name for layer in report.layers]
+    skipped = {matrix.name for matrix in report.skipped}
+    assert len({*names}) == len(names)
+    assert skipped.isdisjoint(names)
+    model.save_pretrained(tmp_path)
+    loaded = type(expected).from_pretrained(tmp_path).eval()
+    assert all(map(torch.equal, run_all(loaded, BATCHES()), run_all(model, BATCHES())))
+
+
+def with_zeros():
+    """A model in which four of 16 hidden units are zero."""
+    model = nn.Sequential(relu_mlp(8, 16, 8))
+    with torch.no_grad():
+        model[0][0].weight[:4] = 0
+        model[0][0].bias[:4] = 0
+        model[0][2].weight[:, :4] = 0
+    return model
+
+
+def test_units_that_are_zero_leave_without_calibration_data():
+    model = model_of("llama")
+    zero_units(model, batches_of("llama"))
+    report = shrink(model)
+    assert model.config.intermediate_size == 32
+    assert report.zeros == report.parameters - number_of_weights(model)
+    assert report.shrunk
+
+
+@pytest.mark.parametrize("choices", [{}, {"units": 0.25, "multiple_of": 4}])
+def test_a_model_of_ones_own_runs_by_its_forward(choices):
+    model = with_zeros()
+    batch = {"x": torch.randn(64, 8)}
+    report = shrink(model, iter([batch]), forward=lambda batch: model(batch["x"]), **choices)
+    assert model[0][2].weight.shape == (8, 12)
+    assert "4 of 16 hidden units" in " ".join(report.notes)
+
+
+def test_a_model_without_experts_is_refused_before_its_units_leave():
+    message = refusal(model_of("llama"), Untouched(), verb=shrink, units=0.5, experts=0.25)
+    assert "experts=0.25 needs a mixture of experts" in message
+
+
+REFUSED = [
+    ({"units": 1.0}, "units must be a number above 0 and below 1, but it is 1.0"),
+    ({"experts": 0}, "experts must be a number above 0 and below 1, but it is 0"),
+    ({"units": 0.5, "by": "size"}, "by must be one of equal, loss, seconds"),
+    ({"units": 0.5, "refit": "yes"}, "refit must be one of True, False"),
+    ({"units": 0.5, "multiple_of": 0}, "multiple_of must be"),
+    ({"by": "loss"}, "by='loss' would be ignored without units"),
+    ({"refit": False}, "refit=False would be ignored without units"),
+    ({"skip": "*.q_proj"}, "skip=.* would be ignored without units"),
+    ({"experts": 0.5, "multiple_of": 4}, "multiple_of=4 would be ignored without units"),
+    ({"experts": 0.5, "recovery": "distill"}, "recovery='distill' would be ignored without units"),
+    ({"units": 0.5, "reap": True}, "reap=True would be ignored without experts"),
+    ({"experts": 0.5, "max_size": "1GB"}, "max_size=1GB chooses how many experts leave"),
+    ({"units": 0.5, "recovery": "nonsense"}, "recovery must be one of"),
+    ({"units": 0.5, "sequential": "nonsense"}, "sequential must be one of"),
+]
+
+
+@pytest.mark.parametrize(("choices", "message"), REFUSED)
+def test_choices_that_are_refused(choices, message):
+    with refuses(message):
+        ShrinkConfig(**choices)
