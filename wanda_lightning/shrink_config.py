@@ -39,8 +39,8 @@ class ShrinkConfig:
         experts: Fraction of the experts that leave each mixture of experts, rounded to whole experts. An expert is
             scored by the sum over all tokens of the norm of what it adds: its gate times its output.
         max_size: Size of the new model, such as `"60GB"`, in place of `experts`: as many experts stay as fit.
-        by: How units are distributed over layers: the same fraction of each (`equal`), or fewer where the predictions
-            depend more on them (`loss`), per second that a unit takes (`seconds`).
+        by: Which layers lose units: all the same fraction (`equal`), or those on whose units the predictions depend
+            least (`loss`), relative to the time that a unit takes (`seconds`).
         refit: Compute the remaining weights of layers that read units anew, from the dense layer's outputs.
         reap: Score an expert by the mean over its own tokens instead of the sum: REAP (Lasby et al. 2025, arXiv
             2510.13999), which keeps experts that add much for few tokens.
@@ -72,9 +72,11 @@ class ShrinkConfig:
     keep_batch_norm: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("units", "experts"):
-            if getattr(self, name) is not None:
-                check_values(Number(above=0, below=1), **{name: getattr(self, name)})
+        fraction = Number(above=0, below=1)
+        if self.units is not None:
+            check_values(fraction, units=self.units)
+        if self.experts is not None:
+            check_values(fraction, experts=self.experts)
         check_values(("equal", "loss", "seconds"), by=self.by)
         check_values(COUNT, multiple_of=self.multiple_of)
         check_flags(refit=self.refit, reap=self.reap)

@@ -58,7 +58,7 @@ def test_units_leave_a_language_model_and_the_report_describes_it(shrink, inputs
         "shrink", [*command[1:], "--report", "page.html"]
     )
     assert "--no_refit" in arguments
-    assert "Note: 32 of 64 hidden units leave" in capsys.readouterr().out
+    assert "Note: 32 of 64 hidden units removed" in capsys.readouterr().out
     assert Path("out/log_units.txt").read_text().startswith("method\tactual_sparsity\tppl_test")
 
 

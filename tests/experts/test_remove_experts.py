@@ -261,7 +261,8 @@ BEFORE_AN_EXPERT_LEAVES = [
     ],
 )
 def test_what_cannot_lose_experts_is_refused(make, batches, choices, message):
-    assert re.search(message, refusal(make(), batches, verb=shrink, **{"experts": 0.25, **choices}))
+    choices = {"experts": 0.25, **choices}
+    assert re.search(message, refusal(make(), batches, verb=shrink, **choices))
 
 
 def test_logits_that_tie_in_16_bits_refuse_no_mixture():

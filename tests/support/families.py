@@ -421,7 +421,7 @@ def check_units(family, result=None):
         result.folder = "no hidden units found"
         return result
     for layer in report.layers:
-        note = re.search(r"([\d,]+) of ([\d,]+) hidden units leave", layer.note)
+        note = re.search(r"([\d,]+) of ([\d,]+) hidden units removed", layer.note)
         if note:
             result.zero += int(note[1].replace(",", ""))
             result.width += int(note[2].replace(",", ""))

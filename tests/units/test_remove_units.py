@@ -163,7 +163,7 @@ def test_the_report_has_the_sparsity_of_each_layer(pruned):
     for reader, units in pruned.units.items():
         number = int(pruned.zero[reader].sum())
         assert records[reader].target == pytest.approx(number / units.width)
-        assert f"{number} of {units.width} hidden units leave" in records[reader].note
+        assert f"{number} of {units.width} hidden units removed" in records[reader].note
 
 
 def test_the_report_lists_all_matrices_and_names_the_number_of_units_once(pruned):
@@ -174,7 +174,7 @@ def test_the_report_lists_all_matrices_and_names_the_number_of_units_once(pruned
     )
     number = sum(int(zero.sum()) for zero in pruned.zero.values())
     width = sum(units.width for units in pruned.units.values())
-    text = f"{number} of {width} hidden units leave"
+    text = f"{number} of {width} hidden units removed"
     assert sum(text in note for note in report.notes) == 1
     assert text in str(report)
 
@@ -434,7 +434,7 @@ def test_recoveries_keep_the_units_at_zero(recovery):
 
 def test_a_sparsity_that_rounds_to_no_unit_is_named(caplog):
     report = shrink(*specimen("llama"), units=0.05)
-    text = "none of 128 hidden units is zero, because units=0.05 rounds to no unit of any layer"
+    text = "none of 128 hidden units is removed, because units=0.05 rounds to no unit of any layer"
     assert any(note.startswith(text) for note in report.notes)
     assert text in caplog.text
 
@@ -488,4 +488,5 @@ LLAMA = ZOO["llama"].build
 )
 def test_what_does_not_fit_is_refused(make, choices, text):
     batches = vectors() if make is apart else batches_of("llama")
-    assert text in refusal(make(), batches, verb=shrink, **{"units": 0.5, **choices})
+    choices = {"units": 0.5, **choices}
+    assert text in refusal(make(), batches, verb=shrink, **choices)

@@ -152,6 +152,13 @@ def refuse(models: Model, *groups: object) -> None:
     _refuse_places(models, values)
 
 
+# What `shrink` without an amount does not read.
+_UNREAD = (
+    "calibration num_samples packing seed data checkpoint evaluation limit seqlen batch_size eval_zero_shot "
+    "save report device"
+)
+
+
 def _ignored(models: Model, values: Kwargs) -> Iterator[tuple[str, str]]:
     """Yield the cases that apply, in words, each with the options that would be ignored."""
     yield from _ignored_by_kind(models, values)
@@ -166,9 +173,7 @@ def _ignored(models: Model, values: Kwargs) -> Iterator[tuple[str, str]]:
     if not values.get("save_model"):
         yield "a command without --save_model", "stream"
     if _takes_out_zeros(values):
-        unread = "calibration num_samples packing seed data checkpoint evaluation limit seqlen batch_size "
-        unread += "eval_zero_shot save report device"
-        yield "shrink without --units, --experts and --max_size", unread
+        yield "shrink without --units, --experts and --max_size", _UNREAD
     if values.get("stream"):
         yield "--stream", "eval_zero_shot"
         if "self" in values.get("calibration", ()):

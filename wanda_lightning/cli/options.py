@@ -300,8 +300,8 @@ class Shrinking:
     max_size: str | None = None
     """Size of the new model, such as 60GB, in place of --experts: as many experts stay as fit."""
     by: Literal["equal", "loss", "seconds"] = "equal"
-    """How units are distributed over layers: equally, or fewer where the predictions depend more on them (loss), per
-second that a unit takes (seconds)."""
+    """Which layers lose units: all the same fraction (equal), or those on whose units the predictions depend least
+(loss), relative to the time that a unit takes (seconds)."""
     refit: Annotated[bool, Parameter(negative="--no_refit")] = True
     """Compute the remaining weights of layers that read units anew; --no_refit leaves them as they are."""
     reap: bool = False

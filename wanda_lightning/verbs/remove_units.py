@@ -140,7 +140,7 @@ def _zero_units(found: FoundUnits, run: Run, record: PrunedLayer) -> None:
     number = int(zeros.sum())
     run.done.zero_units[record.name] = number
 
-    note = f"{number:,} of {units.width:,} hidden units leave"
+    note = f"{number:,} of {units.width:,} hidden units removed"
     if record.note:
         note = f"{record.note}; {note}"
     records[record.name] = replace(record, note=note)
@@ -180,7 +180,7 @@ def _notes(run: Run, found: FoundUnits) -> Iterator[Note]:
     width = sum(widths.values())
     if not number:
         yield Note(
-            f"none of {width:,} hidden units is zero, because {config.shown('sparsity')} rounds to no "
+            f"none of {width:,} hidden units is removed, because {config.shown('sparsity')} rounds to no "
             "unit of any layer: use a smaller multiple_of, or remove more"
         )
         return
@@ -189,7 +189,7 @@ def _notes(run: Run, found: FoundUnits) -> Iterator[Note]:
         share = found.cost_of(run.done.zero_units) / found.cost_of(widths)
         share_of_cost = f", {share:.1%} of the {config.allocation.cost} of all"
     yield Note(
-        f"{number:,} of {width:,} hidden units leave{share_of_cost}",
+        f"{number:,} of {width:,} hidden units removed{share_of_cost}",
         is_warning=False,
     )
 
