@@ -26,7 +26,7 @@ from wanda_lightning import (
     ImageDataModule,
     TextDataModule,
 )
-from wanda_lightning.modules import WindowPerplexity
+from wanda_lightning.evaluation import WindowPerplexity
 
 MIB = 2**20
 SECOND_TEXT = "python-docs"  # unlike the web text of calibration and WikiText-2, and part of every installation

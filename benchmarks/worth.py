@@ -34,7 +34,7 @@ from torch import nn
 from torch.utils.benchmark import timer
 
 from wanda_lightning import Distill, prune, shrink
-from wanda_lightning.modules import WindowPerplexity
+from wanda_lightning.evaluation import WindowPerplexity
 
 BATCHES = (1, 32)
 PROMPT = 128

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from wanda_lightning.data.sentences import SentenceDataModule as SentenceDataModule
     from wanda_lightning.data.text import TextDataModule as TextDataModule
     from wanda_lightning.methods import register as register
-    from wanda_lightning.modules import (
+    from wanda_lightning.lightning_modules import (
         CausalLMModule as CausalLMModule,
         EmbeddingModule as EmbeddingModule,
         ImageClassifierModule as ImageClassifierModule,
@@ -66,7 +66,7 @@ _HOMES = {
     "data.own_text": "sample_windows",
     "data.sentences": "SentenceDataModule",
     "data.text": "TextDataModule",
-    "modules": "CausalLMModule EmbeddingModule ImageClassifierModule",
+    "lightning_modules": "CausalLMModule EmbeddingModule ImageClassifierModule",
     "methods": "register",
     "training": "Distill Reconstruct",
     "report": "PruningReport",

@@ -27,7 +27,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
 from wanda_lightning.evaluation import PAPER_TASKS, sparsity_of
-from wanda_lightning.modules import CausalLMModule, ImageClassifierModule
+from wanda_lightning.lightning_modules import CausalLMModule, ImageClassifierModule
 
 pytestmark = IGNORED_WARNINGS
 

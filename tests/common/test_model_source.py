@@ -13,7 +13,7 @@ from support.modules import tiny_llama
 from support.refusals import refuses
 
 from wanda_lightning.common.model_source import ModelSource, load_config, load_tokenizer
-from wanda_lightning.modules import ImageClassifierModule
+from wanda_lightning.lightning_modules import ImageClassifierModule
 
 
 def test_a_path_or_a_hub_id(monkeypatch, tmp_path):

@@ -13,7 +13,7 @@ from support.modules import tiny_llama
 from support.refusals import refuses
 
 from wanda_lightning import SentenceDataModule, TextDataModule, prune
-from wanda_lightning.modules import CausalLMModule
+from wanda_lightning.lightning_modules import CausalLMModule
 
 # Writes the token that begins a text, the tools, and each message; refuses a role, and leaves out another one.
 TEMPLATE = """{{ bos_token }}{% if tools %}{{ tools | tojson }}{% endif %}{% for message in messages -%}

@@ -23,7 +23,7 @@ from support.refusals import refuses
 from wanda_lightning import TextDataModule
 from wanda_lightning.data.text_sources import python_docs
 from wanda_lightning.data.windows import draw_from_documents
-from wanda_lightning.modules import CausalLMModule
+from wanda_lightning.lightning_modules import CausalLMModule
 
 
 @pytest.fixture(autouse=True)

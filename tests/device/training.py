@@ -31,8 +31,8 @@ from wanda_lightning import (
     keep_zeros,
     sample_windows,
 )
+from wanda_lightning.evaluation.agreement import Agreement
 from wanda_lightning.lora import merge
-from wanda_lightning.modules.agreement import Agreement
 from wanda_lightning.training.predictions import mixed_precision
 
 pytestmark = pytest.mark.filterwarnings("ignore")

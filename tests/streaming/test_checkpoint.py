@@ -13,7 +13,7 @@ from support.zoo import causal
 from transformers import LlamaForCausalLM
 
 from wanda_lightning.common.model_source import ModelSource
-from wanda_lightning.modules.model_loading import load_causal_lm
+from wanda_lightning.lightning_modules.model_loading import load_causal_lm
 from wanda_lightning.streaming import perplexity_from_disk
 from wanda_lightning.streaming.checkpoint import Checkpoint
 

@@ -34,7 +34,7 @@ from transformers import (
 from wanda_lightning import OWL
 from wanda_lightning.common import progress
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.modules import WindowPerplexity
+from wanda_lightning.evaluation import WindowPerplexity
 from wanda_lightning.streaming import measure_perplexity, perplexity_from_disk
 
 pytestmark = pytest.mark.filterwarnings("ignore")

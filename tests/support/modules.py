@@ -10,7 +10,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from wanda_lightning.modules import ImageClassifierModule
+from wanda_lightning.lightning_modules import ImageClassifierModule
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
 CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)}

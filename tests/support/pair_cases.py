@@ -32,9 +32,9 @@ from wanda_lightning.callbacks.trainer import processes_of
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.statistics import SUMS
+from wanda_lightning.lightning_modules import CausalLMModule
 from wanda_lightning.loop.batch_norm import batch_norm_layers
 from wanda_lightning.models import find_layers
-from wanda_lightning.modules import CausalLMModule
 from wanda_lightning.parallel import Processes
 from wanda_lightning.shrink_config import ShrinkConfig
 from wanda_lightning.verbs.shrink import carry_out

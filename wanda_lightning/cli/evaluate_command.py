@@ -17,9 +17,9 @@ from wanda_lightning.data.images import ImageDataModule
 from wanda_lightning.data.sentences import SentenceDataModule
 from wanda_lightning.data.text import TextDataModule
 from wanda_lightning.evaluation import Evaluation, Results, load_tasks, sparsity_of
+from wanda_lightning.evaluation.agreement import Agreement
 from wanda_lightning.evaluation.tasks import Answers, answer, flips
-from wanda_lightning.modules.agreement import Agreement
-from wanda_lightning.modules.model_loading import check_source
+from wanda_lightning.lightning_modules.model_loading import check_source
 
 _HEADINGS = {"val_accuracy": "top-1", "val_accuracy_top5": "top-5"}
 

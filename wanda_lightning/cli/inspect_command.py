@@ -10,10 +10,10 @@ from wanda_lightning.cli.options import Model
 from wanda_lightning.cli.printing import print_line, print_table
 from wanda_lightning.common.wording import quantity
 from wanda_lightning.config import PruningConfig
+from wanda_lightning.lightning_modules.model_loading import check_source, model_from_config
 from wanda_lightning.loop.coverage import low_coverage, unfit_layers
 from wanda_lightning.loop.plan import config_for, refuse_nothing_to_prune
 from wanda_lightning.models import Inventory, Stop, find_layers, number_of_parameters
-from wanda_lightning.modules.model_loading import check_source, model_from_config
 from wanda_lightning.report import skipped_table
 
 

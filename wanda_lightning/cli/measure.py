@@ -11,9 +11,9 @@ from wanda_lightning.cli.model_and_data import AnyData
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.data.images import ImageDataModule
 from wanda_lightning.data.text import TextDataModule
+from wanda_lightning.evaluation.agreement import AfterBatch, Agreement
 from wanda_lightning.evaluation.results import share_error
-from wanda_lightning.modules import CausalLMModule
-from wanda_lightning.modules.agreement import AfterBatch, Agreement
+from wanda_lightning.lightning_modules import CausalLMModule
 from wanda_lightning.report.descriptions import PERPLEXITY, SPEARMAN, TOP1, Metric
 
 

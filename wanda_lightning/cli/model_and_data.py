@@ -9,7 +9,7 @@ from wanda_lightning.data.images import ImageDataModule
 from wanda_lightning.data.sentence_pairs import STSB
 from wanda_lightning.data.sentences import SentenceDataModule
 from wanda_lightning.data.text import TextDataModule
-from wanda_lightning.modules import CausalLMModule, EmbeddingModule, ImageClassifierModule
+from wanda_lightning.lightning_modules import CausalLMModule, EmbeddingModule, ImageClassifierModule
 
 _PAPER_SEQLEN = 2048
 

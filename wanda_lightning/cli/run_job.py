@@ -33,10 +33,10 @@ from wanda_lightning.data.sentences import SentenceDataModule
 from wanda_lightning.data.text import TextDataModule
 from wanda_lightning.data.text_sources import SELF
 from wanda_lightning.evaluation import Evaluation, load_tasks
+from wanda_lightning.evaluation.agreement import AfterBatch, Agreement
 from wanda_lightning.evaluation.results import Metrics
 from wanda_lightning.evaluation.tasks import Answers, answer, flips
-from wanda_lightning.modules.agreement import AfterBatch, Agreement
-from wanda_lightning.modules.model_loading import check_source
+from wanda_lightning.lightning_modules.model_loading import check_source
 from wanda_lightning.report import Circumstances, Continuations, Measured, PruningReport
 from wanda_lightning.report.descriptions import (
     METRICS,

@@ -1,6 +1,15 @@
-"""Evaluate pruned models: zero-shot tasks, sparsity, and tables that compare several models."""
+"""Measure models: perplexity, agreement with the dense model, zero-shot tasks, and tables of several models."""
 
+from wanda_lightning.evaluation.perplexity import WindowPerplexity
 from wanda_lightning.evaluation.results import Evaluation, Results, sparsity_of
 from wanda_lightning.evaluation.tasks import PAPER_TASKS, answer, load_tasks
 
-__all__ = ["PAPER_TASKS", "Evaluation", "Results", "answer", "load_tasks", "sparsity_of"]
+__all__ = [
+    "PAPER_TASKS",
+    "Evaluation",
+    "Results",
+    "WindowPerplexity",
+    "answer",
+    "load_tasks",
+    "sparsity_of",
+]

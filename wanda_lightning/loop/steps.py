@@ -1,7 +1,7 @@
 """The steps that zeros, hidden units and experts share: begin, choose sparsities, visit each stop, train.
 
 Each of the three is a function that calls these steps in its own order (`verbs/prune_weights.py`,
-`verbs/remove_units.py`, `verbs/remove_experts.py`); the steps know neither masks nor widths.
+`verbs/remove_units.py`, `experts/remove_experts.py`); the steps know neither masks nor widths.
 """
 
 import logging

@@ -34,15 +34,15 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource, load_config, reading
 from wanda_lightning.common.wording import one_line
 from wanda_lightning.core.placeholders import placeholder
-from wanda_lightning.loop.run import KeptEntries
-from wanda_lightning.models import Stop, find_layers, repeated_parameters
-from wanda_lightning.modules.model_loading import (
+from wanda_lightning.lightning_modules.model_loading import (
     check_complete,
     check_finite,
     check_stored_as_float,
     require_safetensors,
     warn_of_unused,
 )
+from wanda_lightning.loop.run import KeptEntries
+from wanda_lightning.models import Stop, find_layers, repeated_parameters
 from wanda_lightning.streaming.quantized_checkpoint import (
     Spread,
     kept_tensor,

@@ -17,6 +17,7 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, config_of
 from wanda_lightning.experts.mixture_checks import find_mixtures
+from wanda_lightning.experts.remove_experts import remove_experts
 from wanda_lightning.loop.plan import make_plan
 from wanda_lightning.loop.steps import begin
 from wanda_lightning.report import PruningReport
@@ -32,7 +33,6 @@ from wanda_lightning.streaming.output_folder import OutputFolder, fingerprint
 from wanda_lightning.streaming.quantized_checkpoint import refuse_changed_weights
 from wanda_lightning.streaming.streamed_weights import StreamedWeights
 from wanda_lightning.verbs.prune_weights import prune_weights
-from wanda_lightning.verbs.remove_experts import remove_experts
 from wanda_lightning.verbs.remove_units import remove_units
 
 log = logging.getLogger(__name__)

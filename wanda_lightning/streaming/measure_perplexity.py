@@ -16,9 +16,9 @@ from wanda_lightning.common.aliases import StrPath
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.common.progress import ProgressBar
+from wanda_lightning.evaluation.perplexity import WindowPerplexity
+from wanda_lightning.lightning_modules.model_loading import check_causal
 from wanda_lightning.models import Stop, check_tokens
-from wanda_lightning.modules import WindowPerplexity
-from wanda_lightning.modules.model_loading import check_causal
 from wanda_lightning.streaming.checkpoint import BlockLoader, Checkpoint
 
 AT_ONCE = 32  # batches that pass through the model together

@@ -22,8 +22,8 @@ from wanda_lightning.common.model_source import ModelSource, load_config, load_t
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.config import PruningConfig, Unpack
 from wanda_lightning.experts.mixture_checks import refuse_without_mixtures
+from wanda_lightning.lightning_modules.model_loading import model_from_config
 from wanda_lightning.loop.plan import make_plan
-from wanda_lightning.modules.model_loading import model_from_config
 from wanda_lightning.report import PruningReport
 from wanda_lightning.shrink_config import ShrinkChoices, ShrinkConfig
 from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint

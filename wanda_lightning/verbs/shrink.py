@@ -18,6 +18,7 @@ from wanda_lightning.calibration.samples import forward_batch
 from wanda_lightning.common.text_features import reads_texts
 from wanda_lightning.config import PruningConfig, Unpack
 from wanda_lightning.experts.mixture_checks import refuse_without_mixtures
+from wanda_lightning.experts.remove_experts import remove_experts
 from wanda_lightning.experts.size import fitting_sparsity, parse_size
 from wanda_lightning.loop.plan import make_plan, refuse_unprunable
 from wanda_lightning.loop.run import Run
@@ -28,7 +29,6 @@ from wanda_lightning.report import PruningReport
 from wanda_lightning.shrink_config import ShrinkChoices, ShrinkConfig
 from wanda_lightning.units.zero_units import refuse_parts_of_layers, take_out_zero_units
 from wanda_lightning.verbs.prune_weights import prune_weights
-from wanda_lightning.verbs.remove_experts import remove_experts
 from wanda_lightning.verbs.remove_units import remove_units
 
 log = logging.getLogger(__name__)

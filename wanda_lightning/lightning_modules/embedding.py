@@ -20,8 +20,8 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.evaluation_mode import evaluating
 from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.common.text_features import as_encoded, reads_texts
-from wanda_lightning.modules.model_loading import load_embedding_model
-from wanda_lightning.modules.optimizers import adamw
+from wanda_lightning.lightning_modules.model_loading import load_embedding_model
+from wanda_lightning.lightning_modules.optimizers import adamw
 from wanda_lightning.units.fit_configuration import refuse_unloadable
 
 Features = Mapping[str, Any]

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wanda_lightning import TextDataModule
-from wanda_lightning.modules import CausalLMModule
+from wanda_lightning.lightning_modules import CausalLMModule
 
 pytestmark = WITHOUT_ADVICE
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from wanda_lightning.data.images import class_names_of
-from wanda_lightning.modules import ImageClassifierModule
+from wanda_lightning.lightning_modules import ImageClassifierModule
 
 pytestmark = WITHOUT_ADVICE
 

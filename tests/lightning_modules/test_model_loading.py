@@ -17,7 +17,7 @@ from support.zoo import other
 from transformers import AutoModelForCausalLM, AutoTokenizer, T5Config
 
 from wanda_lightning.common.model_source import ModelSource
-from wanda_lightning.modules import CausalLMModule, ImageClassifierModule, model_loading
+from wanda_lightning.lightning_modules import CausalLMModule, ImageClassifierModule, model_loading
 
 
 def model_from_config(name):

@@ -11,8 +11,8 @@ from support.reference import divergence
 from torch import nn
 from torch.nn import functional as F
 
-from wanda_lightning.modules import agreement
-from wanda_lightning.modules.agreement import Agreement
+from wanda_lightning.evaluation import agreement
+from wanda_lightning.evaluation.agreement import Agreement
 
 
 def language_model(seed=0):

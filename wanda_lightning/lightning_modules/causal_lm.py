@@ -17,14 +17,14 @@ from wanda_lightning.common.atomic_write import atomic_folder
 from wanda_lightning.common.checks import check_flags, require_extra
 from wanda_lightning.common.dtypes import DTYPES, dtype_name
 from wanda_lightning.common.model_source import ModelSource, load_tokenizer
-from wanda_lightning.models import check_tokens
-from wanda_lightning.modules.model_loading import (
+from wanda_lightning.evaluation.perplexity import WindowPerplexity, predicted_tokens, window_losses
+from wanda_lightning.lightning_modules.model_loading import (
     check_causal,
     check_source,
     load_causal_lm,
 )
-from wanda_lightning.modules.optimizers import adamw
-from wanda_lightning.modules.perplexity import WindowPerplexity, predicted_tokens, window_losses
+from wanda_lightning.lightning_modules.optimizers import adamw
+from wanda_lightning.models import check_tokens
 from wanda_lightning.parallel import (
     SINGLE_PROCESS,
     gathered_state_dict,

@@ -10,7 +10,7 @@ from support.modules import MASKS, slow_losses, slow_perplexity, windows_of_text
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from wanda_lightning.modules import WindowPerplexity
+from wanda_lightning.evaluation import WindowPerplexity
 
 
 def measured(logits, ids, attention_mask):
@@ -22,7 +22,7 @@ def measured(logits, ids, attention_mask):
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(("dtype", "rel"), [(torch.float64, 1e-12), (torch.bfloat16, 1e-6)])
 def test_equals_the_slow_loop_in_one_batch_or_several(mask, dtype, rel, monkeypatch):
-    monkeypatch.setattr("wanda_lightning.modules.perplexity._CHUNK", 5 * 128)
+    monkeypatch.setattr("wanda_lightning.evaluation.perplexity._CHUNK", 5 * 128)
     ids = windows_of_text()
     logits = (3 * torch.randn(*ids.shape, 128, generator=rng(2))).to(dtype)
     attention_mask = MASKS[mask](ids)

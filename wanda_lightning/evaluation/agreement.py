@@ -16,8 +16,8 @@ from torch.nn import Module, functional as F
 from wanda_lightning.common.float64 import widened
 from wanda_lightning.common.text_features import as_encoded
 from wanda_lightning.core.losses import row_divergences
+from wanda_lightning.evaluation.perplexity import predicted_tokens
 from wanda_lightning.models import find_predictions, has_classes, head_within
-from wanda_lightning.modules.perplexity import predicted_tokens
 from wanda_lightning.training.predictions import gives_predictions
 
 _LOGITS_AT_ONCE = 2**22  # that are compared, 16 MiB in float32

@@ -19,7 +19,7 @@ from wanda_lightning.common.aliases import Kwargs, StrPath
 from wanda_lightning.common.atomic_write import atomic_folder
 from wanda_lightning.common.checks import check_flags
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.modules.model_loading import create_classifier, load_checkpoint
+from wanda_lightning.lightning_modules.model_loading import create_classifier, load_checkpoint
 from wanda_lightning.parallel import is_sharded
 from wanda_lightning.units.timm_arguments import fit_arguments, save_for_timm
 
