@@ -73,6 +73,7 @@ def load_causal_lm(source: ModelSource, dtype: str) -> Any:
             **options,
             dtype=dtype,
             use_safetensors=True,
+            use_kernels=False,  # the default of transformers 5.25 downloads kernels, which have no `meta` device
             ignore_mismatched_sizes=True,  # `check_complete` names them
             output_loading_info=True,
         )
@@ -233,7 +234,7 @@ def load_embedding_model(source: ModelSource, **options: Any) -> Any:
             revision=source.revision,
             cache_folder=source.cache_dir,
             trust_remote_code=source.trust_remote_code,
-            model_kwargs={"use_safetensors": True, **options},
+            model_kwargs={"use_safetensors": True, "use_kernels": False, **options},
         )
         inner: Any = model[0]
         files = source.loaded_folder().glob("*.safetensors")

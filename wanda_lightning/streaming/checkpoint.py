@@ -102,7 +102,11 @@ class Checkpoint:
             patch.object(PreTrainedModel, "_load_pretrained_model", load),
         ):
             self.model, loaded = auto_class.from_pretrained(
-                **arguments, dtype=dtype, use_safetensors=True, output_loading_info=True
+                **arguments,
+                dtype=dtype,
+                use_safetensors=True,
+                use_kernels=False,
+                output_loading_info=True,
             )
 
         # Transformers computes some buffers on the CPU instead of loading them.
