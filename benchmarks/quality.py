@@ -31,7 +31,7 @@ from measuring import (
     run_from_shell,
     seconds,
 )
-from result import Result, Runs, Samples, sparsity_of, to_hexadecimal
+from result import Result, Runs, Samples, sparsity_of
 
 from wanda_lightning import OWL, Distill, Fisher, PruningConfig, prune
 from wanda_lightning.core import EqualShare, Unstructured
@@ -98,19 +98,13 @@ TABLES = {"": "methods", "windows": "windows", "draw": "draws"}
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
-class CellOptions(Text):
-    """Options of a language model and the cells of its table; by default all that the program knows."""
+class Options(Text):
+    """Options of this program. Only a language model needs `--model`. Methods and goals are all by default."""
 
+    model: str = ""
     methods: Sequence[str] = ()
     goals: Sequence[str] = ()
     save: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options(CellOptions):
-    """Options of this program. Only a language model needs `--model`."""
-
-    model: str = ""
     nsamples: int = 0
     """By default 16 windows, or 512 photos."""
     draw: int = 0
@@ -215,7 +209,10 @@ def measure_classifier(model, data, dense, cells, runs, **case):
 
     def scored(logits):
         correct = (logits.argmax(dim=1) == labels).tolist()
-        return {"top1": sum(correct) / len(correct), "correct": to_hexadecimal(correct)}
+        return {
+            "top1": sum(correct) / len(correct),
+            "correct": "".join("01"[bit] for bit in correct),
+        }
 
     def measure(choices):
         duration = seconds(lambda: prune(model, calibration, **choices, progress=False))

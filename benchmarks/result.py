@@ -26,12 +26,7 @@ QUANTITIES = {
     "perplexity": "on the evaluation windows",
     "perplexity_second": "on as many windows of a second text",
     "top1": "fraction of the evaluation images that are classified correctly",
-    "top1_uncorrected": "the same without the correction of BatchNorm statistics",
     "divergence": "mean KL divergence from the dense predictions on the evaluation images",
-    "acc": "zero-shot accuracy of lm-eval, as a fraction",
-    "acc_error": "its standard error",
-    "acc_norm": "zero-shot accuracy, normalized by the length of the answers",
-    "acc_norm_error": "its standard error",
     "sparsity": "fraction of zeros in the pruned layers",
     "seconds": "duration",
     "forward_seconds": "processor seconds of a plain forward pass of one window through one block",
@@ -40,7 +35,6 @@ QUANTITIES = {
     "before_seconds": "processor seconds before the first layer is pruned",
     "ratio": "duration divided by that of the baseline, in the same process",
     "peak_mib": "largest increase of resident memory, in MiB",
-    "plain_peak_mib": "the same for what it is compared with",
     "device_mib": "peak memory of the device with the model, in MiB; of the process if the device is the CPU",
     "peak_rss_mib": "peak resident memory of the whole process, in MiB",
     "read_gb": "gigabytes read",
@@ -95,7 +89,7 @@ class Result:
         calibration: Calibration data.
         evaluation: Evaluation data.
         measured: Numbers by the names in `QUANTITIES`.
-        correct: Which evaluation images are classified correctly: hexadecimal digits, of which each bit is an image.
+        correct: One digit for each evaluation image: 1 if it is classified correctly, else 0.
         machine: Processor or GPU.
         versions: Versions of packages, of the environment of the script and of others that it used.
         command: Repeats the run. The folders of files are left out. None for code that is not in this repository.
@@ -223,21 +217,17 @@ class Runs:
         return self.saved(planned) or self.save(planned, measure())
 
     def saved(self, planned):
-        """Return the saved run, or None if there is none that was made with the same arguments.
-
-        Raises:
-            ValueError: The saved run used other data.
-        """
+        """Return the saved run, or None if there is none with the same arguments and data."""
         file = self.folder and self.folder / f"{planned.name}.json"
         if not (file and file.exists()):
             return None
         saved = read(file)
-        for data in ("calibration", "evaluation"):
-            if getattr(saved, data) != getattr(planned, data):
-                raise ValueError(
-                    f"--save must name a folder with runs on the same data, but {file} has other {data} data."
-                )
-        return saved if saved.arguments == planned.arguments else None
+        is_same = (
+            saved.arguments == planned.arguments
+            and saved.calibration == planned.calibration
+            and saved.evaluation == planned.evaluation
+        )
+        return saved if is_same else None
 
     def save(self, planned, measured):
         """Return the run with its numbers, and with `correct` if it is among them, after printing and saving it."""
@@ -254,18 +244,6 @@ class Runs:
         if self.folder:
             result.save(self.folder)
         return result
-
-
-def to_hexadecimal(bits):
-    """Return bits as hexadecimal digits, the first of which may stand for fewer than four bits."""
-    number = sum(bit << place for place, bit in enumerate(reversed(bits)))
-    digits = -(-len(bits) // 4)
-    return f"{number:0{digits}x}"
-
-
-def from_hexadecimal(digits, count):
-    """Return the bits of `to_hexadecimal`."""
-    return [digit == "1" for digit in f"{int(digits, 16):0{count}b}"]
 
 
 def here():

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 from real_sizes import extrapolated
-from result import OURS, averaged, from_hexadecimal, read_drawn, read_table
+from result import OURS, averaged, read_drawn, read_table
 from scipy.stats import sem
 
 ROOT = Path(__file__).parents[1]
@@ -108,11 +108,8 @@ def _in_percent(heading, form=".1f"):
 SHOWN = {
     "perplexity": Quantity("perplexity", "#.4g"),
     "perplexity_second": Quantity("perplexity on python-docs", "#.4g"),
-    "top1_uncorrected": _in_percent("accuracy without the correction"),
     "top1": _in_percent("accuracy"),
     "divergence": Quantity("divergence", "#.3g"),
-    "acc": _in_percent("acc"),
-    "acc_norm": _in_percent("acc_norm"),
     "points": Quantity("points of accuracy", "+.1f"),
     "spearman": Quantity("score", ".2f"),
     "zeros_kept": _in_percent("zeros kept", ".3g"),
@@ -132,7 +129,6 @@ SHOWN = {
     "requests_1": Quantity("1 request", ".2f"),
     "requests_16": Quantity("16 requests", ".2f"),
     "peak_mib": Quantity("peak memory, MiB", ".0f"),
-    "plain_peak_mib": Quantity("without it, MiB", ".0f"),
     "peak_rss_mib": Quantity("peak of the process, MiB", ".0f"),
     "seconds": Quantity("seconds", "#.2g", " s"),
     "forward_seconds": Quantity("forward pass, s", ".2f"),
@@ -227,7 +223,7 @@ class Table:
     calibration, each part of `case` by its name, `{choices}` for all of them with their names, and `{run.model}`.
 
     Attributes:
-        read: Returns the runs.
+        read: The name of a table of runs, or a function that returns runs.
         columns: The quantities of each column; its name may hold `{quantity}`. Numbers of one cell have commas between
             them. The dense model fills the columns of all goals.
         rows: Names of rows. Runs with the same name share a row.
@@ -238,7 +234,7 @@ class Table:
         has_source: Whether data and notes are listed below.
     """
 
-    read: Callable
+    read: str | Callable
     columns: dict[str, Sequence[str]]
     rows: str = "{title}"
     part: str = ""
@@ -249,7 +245,8 @@ class Table:
 
     def __str__(self):
         """Return the text."""
-        runs = [run for run in in_order(self.read()) if self._shows(run)]
+        found = read_table(self.read) if isinstance(self.read, str) else self.read()
+        runs = [run for run in in_order(found) if self._shows(run)]
         parts = {}
         for run in runs:
             parts.setdefault(_filled(self.part, run), []).append(run)
@@ -424,7 +421,7 @@ def read_pairs():
         beside = ("dense", "dense", 0) if second == "dense" else (second, run.goal, _samples(run))
         if run.method == first and beside in runs:
             pair = (run, runs[beside])
-            correct = [from_hexadecimal(each.correct, each.evaluation.windows) for each in pair]
+            correct = [[digit == "1" for digit in each.correct] for each in pair]
             points = 100.0 * np.subtract(*correct, dtype=float)
             measured = {"points": points.mean(), "points_error": sem(points)}
             name = f"{LABELS[first]} - {LABELS[second]}"
@@ -479,7 +476,7 @@ SERVERS = Table(
 )
 WORTH = Table(read=read_worth, columns=EACH, part="`{run.model}`")
 RUNTIMES = Table(
-    read=partial(read_table, "runtimes"),
+    read="runtimes",
     columns=EACH,
     rows="{title}, {numbers}",
     part="`{run.model}` in {program}",
@@ -487,7 +484,7 @@ RUNTIMES = Table(
 )
 TABLES = {
     "methods": [METHODS, replace(METHODS, columns={"{goal}": ["peak_mib"]}, has_source=False)],
-    "demo": [Table(read=partial(read_table, "demo"), columns={"{on}": ["perplexity"]})],
+    "demo": [Table(read="demo", columns={"{on}": ["perplexity"]})],
     "reference": [
         Table(read=read_reference, columns={"{run.code}": ["perplexity"]}),
         Table(
@@ -500,7 +497,7 @@ TABLES = {
     ],
     "images": [
         Table(
-            read=partial(read_table, "images"),
+            read="images",
             columns=ACCURACY,
             rows="{label}",
             part="`{run.model}` with the weights `{weights}`",
@@ -525,33 +522,12 @@ TABLES = {
             has_source=False,
         )
     ],
-    "batch_norm": [
-        Table(
-            read=partial(read_table, "batch_norm"),
-            columns={"{goal}": ["top1_uncorrected", "top1"]},
-            rows="{label}",
-            part="`{run.model}` with the weights `{weights}`",
-        )
-    ],
-    "costs": [
-        Table(
-            read=partial(read_table, "costs"), columns=EACH, rows="{run.model}, {title}, {choices}"
-        )
-    ],
-    "keeping_zeros": [
-        Table(read=partial(read_table, "keeping_zeros"), columns=EACH, rows="{title}, {choices}")
-    ],
+    "costs": [Table(read="costs", columns=EACH, rows="{run.model}, {title}, {choices}")],
     "quantization": [
         Table(
-            read=partial(read_table, "quantization"),
+            read="quantization",
             columns=EACH,
             rows="{title}, {quantizer}, {scheme}",
-        )
-    ],
-    "tasks": [
-        Table(
-            read=partial(read_table, "tasks"),
-            columns={"{quantity}": ["perplexity"], "{task}, {quantity}": ["acc", "acc_norm"]},
         )
     ],
     "windows": [
@@ -585,7 +561,7 @@ TABLES = {
     ],
     "training": [
         Table(
-            read=partial(read_table, "training"),
+            read="training",
             columns=WITH_SECONDS,
             rows="{label}, {choices}",
         )
@@ -603,12 +579,12 @@ TABLES = {
         )
     ],
     "runtimes": [RUNTIMES],
-    "runtimes embedding": [replace(RUNTIMES, read=partial(read_table, "embedding"))],
+    "runtimes embedding": [replace(RUNTIMES, read="embedding")],
     "serving": [SERVERS],
     "serving fisher": [replace(SERVERS, methods=("structured, fisher",))],
     "size_runs": [
         Table(
-            read=partial(read_table, "sizes"),
+            read="sizes",
             columns=EACH,
             rows="{run.model}, {dtype}, {label}, {measures}, {windows} windows",
             has_source=False,
