@@ -78,6 +78,7 @@ def test_a_family_says_how_to_run_it_and_where_its_numbers_are_from(path):
     assert not published or (content["source"] and content["options"]["seqlen"])
 
 
+@pytest.mark.nightly  # it reads the options of every command
 def test_the_page_of_all_tables_is_that_of_the_recipes(tmp_path):
     page = tmp_path / "paper.md"
     assert run(*FAMILIES, "--out", "out/paper", "--dry_run", "--table", page) == 0
@@ -132,7 +133,10 @@ def test_every_cell_is_a_command_that_prunes_as_the_cell_is_named(path):
     content = yaml.safe_load(path.read_text())
     cells = list(sweep.read_cells(path))
     assert len(cells) == len(content["models"]) * len(content["cells"])
+    one_model = next(iter(content["models"]))  # the commands of others differ in the model only
     for cell in cells:
+        if cell.model != one_model:
+            continue
         assert re.fullmatch(r"(?!dense$)[\w.-]*\w", cell.name)  # it names a folder beside `dense`
         groups = cli.parse(cell.command(Path("out")))[1]
         values = values_of(*groups.values())
