@@ -3,9 +3,8 @@
 Everything is on disk before a word is printed.
 """
 
-import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -126,7 +125,6 @@ def _run_in_memory(parts: Parts, options: JobOptions, tasks: Kwargs) -> Iterator
     """Change a whole model; measure it before and after on the accelerator, if there is one."""
     model, _, data, results = options
     name = model.model
-    _keep_freed_memory()
     if model.is_image:
         module = load(model, name, data.checkpoint)
         source = data_for(model, data, name, module)
@@ -263,14 +261,6 @@ def _calibration(parts: Parts, module: Any, source: AnyData) -> Any:
         return DataLoader(windows, source.batch_size)  # type: ignore[arg-type]
     module.check_tokens(source.calibration_windows.clamp(min=0))  # -1 is padding
     return source.calibration_dataloader()
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep the memory that tensors free: mapping every page anew takes up to a fifth of a forward pass."""
-    with suppress(OSError, AttributeError, TypeError):  # another library of C
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**31 - 1)  # M_MMAP_THRESHOLD of malloc.h
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def _given_values(options: JobOptions) -> Kwargs:
