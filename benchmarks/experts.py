@@ -41,6 +41,12 @@ def at_random(seed):
     return lambda _, mixture: torch.rand(mixture.number, generator=generator, dtype=torch.float64)
 
 
+def by_mean(saliency, mixture):
+    """Return the scores of REAP: the mean over the tokens that are routed to an expert."""
+    norms, tokens = saliency._sums[mixture.name]
+    return norms / tokens.clamp(min=1)
+
+
 def main(options: Text, save: str = ""):
     """Measure all rows."""
     runs = Runs(save, "experts")
@@ -48,21 +54,16 @@ def main(options: Text, save: str = ""):
         language = LanguageModel(options, draw)
         case = {"weights": fingerprint(language.model), "draw": draw}
         planned = replace(language.planned, case=case)
-        scores = {
-            "REAP": ({"reap": True}, ExpertSaliency.of),
-            "REAP, sum": ({}, ExpertSaliency.of),
-        }
+        scores = {"REAP": by_mean, "REAP, sum": ExpertSaliency.of}
         if draw == 0:
             runs(planned, language.measure)
             weights(runs, planned, language)
-            scores["uses"] = ({}, ExpertSaliency.tokens)
-            scores["norms"] = ({}, by_norm)
+            scores["uses"] = ExpertSaliency.tokens
+            scores["norms"] = by_norm
             for seed in range(3):
-                scores[f"random, seed {seed}"] = ({}, at_random(seed))
-        for goal, (name, (arguments, score)) in product(GOALS, scores.items()):
-            row = replace(
-                planned, method=name, sparsity=goal, pattern="experts", arguments=arguments
-            )
+                scores[f"random, seed {seed}"] = at_random(seed)
+        for goal, (name, score) in product(GOALS, scores.items()):
+            row = replace(planned, method=name, sparsity=goal, pattern="experts", arguments={})
             runs(row, partial(measure, row, language, patch.object(ExpertSaliency, "of", score)))
 
 
@@ -72,9 +73,7 @@ def measure(row, language, patched):
     windows = language.data.calibration_windows[: row.calibration.windows]
     with patched:
         if row.pattern == "experts":
-            shrink(
-                model, in_batches(windows), experts=row.sparsity, **row.arguments, progress=False
-            )
+            shrink(model, in_batches(windows), experts=row.sparsity, progress=False)
         else:
             prune(model, in_batches(windows), row.sparsity, **row.arguments, progress=False)
     return {"perplexity": perplexity(model, language.evaluation)}

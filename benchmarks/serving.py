@@ -70,7 +70,7 @@ def saved_models(options, tokenizer):
         norm_topk_prob=True,  # as in all released models; llama.cpp knows nothing else
     )
     mixture = Result(model="Qwen3MoE-tiny-random", method="dense")
-    smaller = replace(mixture, method="REAP", sparsity=0.5, pattern="experts")
+    smaller = replace(mixture, method="REAP, sum", sparsity=0.5, pattern="experts")
     mixtures = [(mixture, lambda model: model), (smaller, without_experts)]
 
     models = []
@@ -87,7 +87,7 @@ def saved_models(options, tokenizer):
 def without_experts(model):
     """Return the model without half of its experts."""
     windows = random_windows(model.config.vocab_size, 8, 64)
-    shrink(model, windows, experts=0.5, reap=True, progress=False)
+    shrink(model, windows, experts=0.5, progress=False)
     return model
 
 

@@ -27,7 +27,7 @@ def right(model: nn.Module) -> None:
     prune(model, method="wanda")
     prune(model, criterion=Power(power=0.3))
     shrink(model, units=0.5, by="loss", skip="lm_head")
-    ShrinkCallback(experts=0.25, reap=True)
+    ShrinkCallback(experts=0.25)
 
 
 def wrong(model: nn.Module) -> None:

@@ -21,7 +21,6 @@ class ShrinkChoices(TypedDict, total=False):
 
     by: Literal["equal", "loss", "seconds"]
     refit: bool
-    reap: bool
     multiple_of: int
     recovery: Recovery | str | None
     sequential: str
@@ -42,8 +41,6 @@ class ShrinkConfig:
         by: Which layers lose units: all the same fraction (`equal`), or those on whose units the predictions depend
             least (`loss`), relative to the time that a unit takes (`seconds`).
         refit: Compute the remaining weights of layers that read units anew, from the dense layer's outputs.
-        reap: Score an expert by the mean over its own tokens instead of the sum: REAP (Lasby et al. 2025, arXiv
-            2510.13999), which keeps experts that add much for few tokens.
         multiple_of: The number of units that a layer keeps is rounded to a multiple of this, at least one.
         recovery: How the model is trained after its units have left: not at all (`none`), by block (`reconstruct`),
             or as a whole (`distill`).
@@ -63,7 +60,6 @@ class ShrinkConfig:
     max_size: str | None = None
     by: Literal["equal", "loss", "seconds"] = "equal"
     refit: bool = True
-    reap: bool = False
     multiple_of: int = 8
     recovery: Recovery | str | None = None
     sequential: str = "auto"
@@ -79,12 +75,11 @@ class ShrinkConfig:
             check_values(fraction, experts=self.experts)
         check_values(("equal", "loss", "seconds"), by=self.by)
         check_values(COUNT, multiple_of=self.multiple_of)
-        check_flags(refit=self.refit, reap=self.reap)
+        check_flags(refit=self.refit)
         of_units = {"by": "equal", "refit": True, "multiple_of": 8, "recovery": None}
         of_both = {"sequential": "auto", "skip": (), "only": (), "keep_batch_norm": False}
         experts = self.experts or self.max_size
         self._refuse_ignored("units", self.units, of_units)
-        self._refuse_ignored("experts", experts, {"reap": False})
         self._refuse_ignored("units", self.units or experts, of_both)
         if self.experts and self.max_size:
             raise UserError(
@@ -136,4 +131,4 @@ class ShrinkConfig:
             )
         if self.experts or self.max_size:
             # The model decides how many experts fit.
-            yield PruningConfig(self.experts or 0.5, pattern=Experts(self.reap), **shared)
+            yield PruningConfig(self.experts or 0.5, pattern=Experts(), **shared)

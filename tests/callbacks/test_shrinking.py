@@ -214,7 +214,6 @@ def test_callbacks_in_the_wrong_order_are_refused(make, message, tmp_path):
         ({}, r"ShrinkCallback needs units= or experts="),
         ({"max_size": "1GB"}, "it takes no max_size"),
         ({"experts": 0.25, **AFTER_ONE}, "experts leave at once"),
-        ({"units": 0.5, "reap": True}, "reap=True would be ignored without experts"),
     ],
 )
 def test_choices_that_contradict_each_other_are_refused_at_once(options, message):

@@ -166,7 +166,6 @@ shrink --overwrite -> --overwrite must be left out for a command that writes not
 shrink --seqlen 8 --seed 1 --save x -> --seed, --seqlen, --save must be left out for shrink without --units, --experts
 shrink --model timm:test_vit --data digits -> --data must be left out for shrink without --units, --experts and
 shrink --skip lm_head -> skip=('lm_head',) would be ignored without units. Give units=0.5, for example, or leave
-shrink --units 0.5 --reap -> reap=True would be ignored without experts.
 shrink --experts 0.5 --no_refit -> refit=False would be ignored without units.
 """
 

@@ -102,7 +102,6 @@ REFUSED = [
     ({"skip": "*.q_proj"}, "skip=.* would be ignored without units"),
     ({"experts": 0.5, "multiple_of": 4}, "multiple_of=4 would be ignored without units"),
     ({"experts": 0.5, "recovery": "distill"}, "recovery='distill' would be ignored without units"),
-    ({"units": 0.5, "reap": True}, "reap=True would be ignored without experts"),
     ({"experts": 0.5, "max_size": "1GB"}, "max_size=1GB chooses how many experts leave"),
     ({"units": 0.5, "recovery": "nonsense"}, "recovery must be one of"),
     ({"units": 0.5, "sequential": "nonsense"}, "sequential must be one of"),

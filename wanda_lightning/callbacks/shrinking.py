@@ -45,7 +45,7 @@ class ShrinkCallback(PruningCallback):
         dataloader: The calibration data.
         report_dir: Folder to which `pruning_report.json` is saved.
         schedule: When hidden units become zero, and how many: `CubicSchedule(...)`, for example.
-        **choices: The other arguments of `ShrinkConfig`: `by`, `refit`, `reap`, `multiple_of`, `recovery`,
+        **choices: The other arguments of `ShrinkConfig`: `by`, `refit`, `multiple_of`, `recovery`,
             `sequential`, `skip`, `only`, `keep_batch_norm`.
 
     Raises:

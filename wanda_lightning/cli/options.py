@@ -304,8 +304,6 @@ class Shrinking:
 (loss), relative to the time that a unit takes (seconds)."""
     refit: Annotated[bool, Parameter(negative="--no_refit")] = True
     """Compute the remaining weights of layers that read units anew; --no_refit leaves them as they are."""
-    reap: bool = False
-    """Score an expert by the mean over its own tokens (REAP) instead of the sum."""
     multiple_of: Annotated[_Count, _RARE] = 8
     """The number of units that a layer keeps is rounded to a multiple of this."""
     recovery: Optional[Literal[tuple(NAMES["recovery"])]] = None  # type: ignore[valid-type] # noqa: UP045

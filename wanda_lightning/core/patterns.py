@@ -357,15 +357,9 @@ class Experts(Pattern):
     Zeros cannot represent this: a row of zeros in the router is a logit of 0, which may be among the largest. So
     `shrink` takes the experts out in place, with their rows of the router, and changes the model's configuration.
 
-    What an expert adds for a token is its gate times its output. By default, an expert is scored by the sum of the
-    norms of this over all tokens. With `average`, it is scored by their mean over the tokens that are routed to it:
-    REAP (Lasby et al. 2025, arXiv 2510.13999), which keeps experts that add much for few tokens.
-
-    Args:
-        average: Divide the sum by the number of tokens that are routed to the expert.
+    What an expert adds for a token is its gate times its output. An expert is scored by the sum of the norms of this
+    over all tokens: REAP (Lasby et al. 2025, arXiv 2510.13999) without its division by the number of tokens.
     """
-
-    average: bool = False
 
     removes = "experts"
     reads_batches = True

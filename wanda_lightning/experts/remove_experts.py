@@ -14,7 +14,7 @@ from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.wording import quantity
 from wanda_lightning.config import PruningConfig
 from wanda_lightning.core.types import Units
-from wanda_lightning.experts.mixture_checks import find_mixtures, pattern_of, refuse_if_it_differs
+from wanda_lightning.experts.mixture_checks import find_mixtures, refuse_if_it_differs
 from wanda_lightning.experts.mixtures import Mixture, counters_in
 from wanda_lightning.experts.saliency import ExpertSaliency
 from wanda_lightning.loop.coverage import low_coverage
@@ -91,7 +91,6 @@ def _with_parameters(
     report: PruningReport, plan: Plan, mixtures: Sequence[Mixture], dense_parameters: int
 ) -> PruningReport:
     """Count the parameters that are gone in the sparsity, and say so."""
-    criterion = "REAP" if pattern_of(plan.config).average else "summed REAP"
     zeros = dense_parameters - number_of_parameters(plan.model)
     before = mixtures[0].number
     gone = before - len(mixtures[0].slots[-1].tensor)
@@ -104,7 +103,7 @@ def _with_parameters(
         parameters=dense_parameters,
         zeros=zeros,
         # The method and the criterion choose weights, not experts.
-        config={**report.config, "preset": "", "criterion": {"name": criterion}},
+        config={**report.config, "preset": "", "criterion": {"name": "summed REAP"}},
         notes=(note, *report.notes),
     )
 
@@ -113,7 +112,7 @@ class _ExpertRemoval:
     """Takes experts out of the mixtures of one stop after the other."""
 
     def __init__(self, plan: Plan, mixtures: Sequence[Mixture]) -> None:
-        self.saliency = ExpertSaliency(mixtures, pattern_of(plan.config).average, plan.processes)
+        self.saliency = ExpertSaliency(mixtures, plan.processes)
         self._config = plan.config
         # Those that still have all experts, by the module that holds the experts.
         self._complete = {mixture.experts: mixture for mixture in mixtures}

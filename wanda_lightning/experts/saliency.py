@@ -1,7 +1,7 @@
 """Measure how much each expert of a mixture contributes to its output, and make experts unroutable.
 
 What an expert adds for a token is its output times its gate. The saliency of an expert is the sum of the norms of this
-over all tokens; in REAP (Lasby et al. 2025, arXiv 2510.13999), it is their mean over the tokens that are routed to the
+over all tokens; REAP (Lasby et al. 2025, arXiv 2510.13999) takes their mean over the tokens that are routed to the
 expert. Where a model multiplies the input of the experts by the gate (Llama 4), the norm is that of what the expert
 returns for that input.
 """
@@ -35,19 +35,14 @@ _LARGEST_ERROR = 0.05  # of the sum over the experts, relative to the output of 
 
 
 class ExpertSaliency(StopObserver):
-    """Sums up the norms of what the experts of some mixtures add, over the tokens of all batches except padding.
-
-    With `average`, the saliency of an expert is the mean over its tokens instead of the sum.
-    """
+    """Sums up the norms of what the experts of some mixtures add, over the tokens of all batches except padding."""
 
     def __init__(
         self,
         mixtures: Sequence[Mixture],
-        average: bool = False,
         processes: Processes = SINGLE_PROCESS,
     ) -> None:
         super().__init__(processes)
-        self._average = average
         # The number of experts to which this process routes the first token, by mixture.
         self.experts_per_token: dict[str, int] = {}
         self.first_calls: dict[str, Call] = {}  # of each mixture in this process
@@ -90,8 +85,7 @@ class ExpertSaliency(StopObserver):
         Sums are divided by the number of tokens of all experts, so that they do not grow with the data.
         """
         norms, tokens = self._sums[mixture.name]
-        divisor = tokens if self._average else tokens.sum()
-        return norms / divisor.clamp(min=1)
+        return norms / tokens.sum().clamp(min=1)
 
     def _keep_first_call(
         self, sample: Sample, name: str, module: Module, args: Any, kwargs: Any

@@ -63,7 +63,7 @@ def shrink(
         max_size: Size of the new model, such as `"60GB"`, in place of `experts`: as many experts stay as fit.
         forward: Runs one batch through the model, by default as in `prune`.
         progress: Show a bar (plain lines if there is no terminal).
-        **choices: The other arguments of `ShrinkConfig`: `by`, `refit`, `reap`, `multiple_of`, `recovery`,
+        **choices: The other arguments of `ShrinkConfig`: `by`, `refit`, `multiple_of`, `recovery`,
             `sequential`, `skip`, `only`, `keep_batch_norm`.
 
     Returns:
