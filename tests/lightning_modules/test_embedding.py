@@ -162,6 +162,7 @@ def smaller(tiny_folder, tmp_path_factory):
     return cases
 
 
+@pytest.mark.xdist_group("smaller")  # the fixture runs another process
 @pytest.mark.parametrize("equal", [True, False])
 def test_a_smaller_folder_loads_without_this_package(smaller, equal):
     case = smaller[equal]

@@ -106,12 +106,11 @@ SAMPLE = [
 ]
 for order in ORDERS:
     SAMPLE += [
-        ("llama", {"pattern": "unstructured"} | order),
         ("llama", {"pattern": "2:4"} | order),
-        ("vit", {"allocation": "owl", "criterion": "ria"} | order),
         ("routed", order),  # a process may have no batch at a unit
     ]
-    SAMPLE += [("plain_mlp", {"shares": shares} | order) for shares in SHARES]
+SAMPLE += [("vit", {"allocation": "owl", "criterion": "ria"} | ORDERS[0])]
+SAMPLE += [("plain_mlp", {"shares": shares} | ORDERS[1]) for shares in SHARES]
 SAMPLE += zip(ARCHITECTURES, cycle(ORDERS))
 
 

@@ -19,6 +19,7 @@ from support.disk import (
     stream,
     weights,
 )
+from support.pairwise import with_nightly
 from support.quantized import BLOCK, compressed, fp8, kimi, mxfp4, rewrite
 from support.quiet import shrink
 from support.refusals import alike, refuses
@@ -181,6 +182,7 @@ def test_only_the_number_of_experts_changes_in_the_configuration(source, smaller
 
 
 @forks.IN_ONE_WORKER
+@pytest.mark.parametrize("source", with_nightly(["mxfp4"], FORMATS), indirect=True)
 def test_a_killed_run_continues_to_the_same_bytes(source, smaller, tmp_path):
     for after in (0, 1, 2, 3):  # of two blocks and the rest
         killed = forks.run(prune_until_killed, source, tmp_path / "out", after, DROP)

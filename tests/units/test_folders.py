@@ -216,6 +216,7 @@ def image_folders(tmp_path_factory):
     return modules
 
 
+@pytest.mark.xdist_group("image_folders")  # the fixture runs another process
 def test_image_models_load_without_this_package(image_folders):
     """With it, no file of a folder runs; only widths without arguments need one."""
     for folder, module in image_folders.items():
@@ -229,9 +230,8 @@ def test_image_models_load_without_this_package(image_folders):
             assert_close(logits, module(images))
 
 
-@pytest.mark.parametrize(
-    "name", with_nightly(["vit_tiny_patch16_224", "test_resnet"], IMAGE_MODELS)
-)
+@pytest.mark.xdist_group("image_folders")
+@pytest.mark.parametrize("name", with_nightly(["test_resnet"], IMAGE_MODELS))
 def test_a_loaded_image_model_can_be_saved_and_become_smaller_again(image_folders, tmp_path, name):
     (folder,) = [folder for folder in image_folders if folder.name == name]
     images = torch.load(folder / "images.pt")
