@@ -11,7 +11,7 @@ import torch
 import transformers
 from huggingface_hub import ModelCard
 from support.cli import IGNORED_WARNINGS, OUT, everything_in, perplexity_by_hand, run
-from support.quantized import fp8
+from support.quantized import CAN_DEQUANTIZE, fp8
 from support.reports import Page, read_json
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
@@ -88,6 +88,7 @@ def test_from_disk_the_same_units_leave_even_if_a_run_was_interrupted(
     assert not (tmp_path / "small/.pruning_progress.json").exists()
 
 
+@CAN_DEQUANTIZE
 @pytest.mark.filterwarnings("ignore:The model .* is quantized")
 @pytest.mark.parametrize("stream", [True, False])
 def test_experts_that_fit_into_a_size(inputs, shrink, capsys, stream):

@@ -3,7 +3,7 @@
 import pytest
 from support.disk import batches, stream
 from support.experts import build
-from support.quantized import fp8
+from support.quantized import CAN_DEQUANTIZE, fp8
 from support.quiet import shrink
 from transformers import AutoConfig
 
@@ -47,6 +47,7 @@ def test_a_model_as_large_as_possible(family):
     assert sum(sizes_of(larger).values()) > limit
 
 
+@CAN_DEQUANTIZE
 def test_the_sizes_of_files(tmp_path, caplog):
     """The size is that of the quantized weights that are written."""
     fp8(tmp_path / "source")

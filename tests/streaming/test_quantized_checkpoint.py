@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import save_file
 from support import forks
 from support.data import byte_tokenizer
@@ -20,7 +19,7 @@ from support.disk import (
     weights,
 )
 from support.pairwise import with_nightly
-from support.quantized import BLOCK, compressed, fp8, kimi, mxfp4, rewrite
+from support.quantized import BLOCK, CAN_DEQUANTIZE, compressed, fp8, kimi, mxfp4, rewrite
 from support.quiet import shrink
 from support.refusals import alike, refuses
 from support.reports import read_json
@@ -33,10 +32,7 @@ from wanda_lightning.streaming import perplexity_from_disk
 from wanda_lightning.streaming.checkpoint import Checkpoint
 from wanda_lightning.streaming.quantized_checkpoint import settings_of
 
-pytestmark = pytest.mark.skipif(
-    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24),
-    reason="older transformers do not dequantize all formats",
-)
+pytestmark = CAN_DEQUANTIZE
 
 FORMATS = {
     "fp8": fp8,

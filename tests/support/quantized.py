@@ -3,7 +3,9 @@
 import json
 from types import SimpleNamespace
 
+import pytest
 import torch
+import transformers
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import save_file
@@ -13,6 +15,10 @@ from support.reports import read_json
 from transformers import FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
+CAN_DEQUANTIZE = pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24),
+    reason="older transformers do not dequantize all formats",
+)
 BLOCK = 8  # rows and columns of a block of FP8 with one scale
 GROUP = 16  # columns with one scale, in int4
 

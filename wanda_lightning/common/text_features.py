@@ -16,14 +16,7 @@ def text_features(model: Any, texts: Sequence[str]) -> Mapping[str, Any]:
     prompt = ""
     if getattr(model, "default_prompt_name", None):
         prompt = model.prompts.get(model.default_prompt_name, "")
-    if hasattr(model, "preprocess"):  # since sentence-transformers 5.4
-        return model.preprocess([*texts], prompt=prompt)
-    features = model.tokenize([prompt + text for text in texts])
-    if prompt:
-        # Pooling may leave out the tokens of the prompt. The prompt alone may end with a special token, too.
-        ids = model.tokenize([prompt])["input_ids"][0].tolist()
-        features["prompt_length"] = len(ids) - (ids[-1] in model.tokenizer.all_special_ids)
-    return features
+    return model.preprocess([*texts], prompt=prompt)
 
 
 def as_encoded(model: object, output: Any) -> Any:
