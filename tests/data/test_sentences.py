@@ -13,11 +13,13 @@ from wanda_lightning.data.sentence_pairs import draw_pieces, draw_sentences, rea
 class Letters:
     """Tokenizes each letter, as a model of sentence-transformers tokenizes words."""
 
-    def tokenize(self, texts):
+    def preprocess(self, texts, prompt):
         width = max(map(len, texts))
         rows = [[*map(ord, text), *[0] * (width - len(text))] for text in texts]
         ids = torch.tensor(rows)
         return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+    tokenize = preprocess
 
 
 def text_of(row):
