@@ -168,7 +168,7 @@ def allocate(
         dense = DenseStatistics(run.observation.inputs)
         with run.clock.timed("prune"), pruning_mode(run.plan.model):
             resumed = _resumed(run, pattern_for)
-            return resumed or with_sparsities(run, dense, choose, pattern_for, not unit_columns)
+            return resumed or with_sparsities(run, dense, choose, pattern_for)
 
     is_reported = config.allocation.needs or config.reads_gradients
     with run.clock.timed("allocate", is_reported=is_reported):
@@ -177,7 +177,7 @@ def allocate(
             run = resumed
         else:
             dense = _observe_dense_model(run, unit_columns)
-            run = with_sparsities(run, dense, choose, pattern_for, not unit_columns)
+            run = with_sparsities(run, dense, choose, pattern_for)
     return observe_in_one_pass(run, observer)
 
 
@@ -236,13 +236,12 @@ def with_sparsities(
     dense: DenseStatistics,
     choose: ChooseSparsities,
     pattern_for: PatternFor,
-    reads_layers: bool = True,
 ) -> Run:
     """Return the run with a sparsity for each layer, the same in all processes."""
     plan = run.plan
     allocation = plan.config.allocation
     reads_weights = bool(allocation.needs or allocation.reads_gradients)
-    shows_bar = run.progress and reads_weights and reads_layers
+    shows_bar = run.progress and reads_weights
     with (
         run.store.dense_reader() as read_dense,
         ProgressBar("Allocating", None, shows_bar) as bar,

@@ -113,6 +113,7 @@ def require_scales(name: str, dtypes: Mapping[str, str], parameters: Mapping[str
             continue
         is_quantized = dtype.startswith(("F8", "F4"))
         if key in values:
+            # A plain weight ends the same, but is no integer; other endings stand for packed numbers only.
             is_quantized |= not key.endswith(".weight") or dtype.startswith(("I", "U"))
         if is_quantized and (values.get(key, key), parameters.get(key)) not in stored_with:
             raise UserError(
