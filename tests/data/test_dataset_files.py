@@ -2,10 +2,8 @@
 
 import datasets
 import pytest
-from support.refusals import refuses
 
 from wanda_lightning import TextDataModule
-from wanda_lightning.data.dataset_files import load
 
 
 @pytest.mark.parametrize("knows", [False, True])
@@ -26,13 +24,3 @@ def test_an_unreachable_hub_is_one_clear_error(tmp_path, monkeypatch, tokenizer,
     assert ("Without a network, use --calibration python-docs (in Python, " in message) == (
         source in ("c4", "wikitext2")
     )
-
-
-def test_files_in_a_folder_may_not_be_nested_too_deeply(tmp_path):
-    """pyarrow would end the process."""
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "a.json").write_text('{"text": ' + "[" * 20_000 + "]" * 20_000 + "}")
-    with refuses(
-        r"The data of .*train.a\.json' cannot be loaded: line 1 is nested more than",
-    ):
-        load(str(tmp_path))

@@ -3,17 +3,14 @@
 from functools import cache
 
 import pytest
-from support.experts import build
 from support.pairwise import with_nightly
-from support.quiet import prune, shrink
+from support.quiet import prune
 from support.zoo import ZOO, batches_of, model_of, number_of_weights
 
 from wanda_lightning.report.figures import (
     Grid,
-    experts_by_block,
     plots_of,
     shortest_ends,
-    to_figure,
     to_svg,
     weights_by_kind,
 )
@@ -64,33 +61,6 @@ def test_experts_of_a_block_are_one_kind():
         layer.siblings.removeprefix(f"{layer.block}.") for layer in experts
     }
     assert [plot.name for plot in plots_of(report)] == ["weights"]
-
-
-def test_the_experts_of_each_block():
-    """Their saliency, their tokens, and a cross on each that left."""
-    model = build("mixtral")
-    report = shrink(model, batches_of("mixtral"), experts=0.25)
-    experts = experts_by_block(report)
-    assert list(experts) == [f"model.layers.{index}" for index in range(len(experts))]
-    for layers in experts.values():
-        assert [layer.name.rpartition(".")[2] for layer in layers] == [*map(str, range(8))]
-        kept = [layer.saliency for layer in layers if not layer.sparsity]
-        gone = [layer.saliency for layer in layers if layer.sparsity]
-        assert len(gone) == 2
-        assert max(gone) <= min(kept)
-
-    plots = {plot.name: plot for plot in plots_of(report)}
-    assert list(plots) == ["saliency", "tokens", "weights"]
-    figure = to_figure([plots["saliency"], plots["tokens"]], "")
-    for field, axes in zip(("saliency", "tokens"), figure.axes, strict=True):
-        crosses, cells = axes.collections[0], axes.collections[-1]
-        drawn = cells.get_array().reshape(len(experts), 8)
-        for row, layers in zip(drawn, experts.values(), strict=True):
-            numbers = [getattr(layer, field) for layer in layers]
-            assert list(row) == pytest.approx([number / max(numbers) for number in numbers])
-        first = next(iter(experts.values()))
-        gone = [column for column, layer in enumerate(first) if layer.sparsity]
-        assert crosses.get_offsets().tolist() == [[column, 0] for column in gone]
 
 
 @pytest.mark.parametrize("name", with_nightly(["llama", "mixtral", "t5", "vit", "resnet18"], ZOO))

@@ -2,7 +2,6 @@
 
 import os
 import re
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,6 @@ from wanda_lightning.common.model_source import reading
 _READERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
 EXTENSIONS = tuple(_READERS)
 _JSON = (".json", ".jsonl", ".ndjson")  # of a folder, datasets reads all three
-_STEPS = {b"[": 1, b"{": 1, b"]": -1, b"}": -1}
-# Levels of JSON: pyarrow recurses, and its stack ends the process at some ten thousand.
-_DEEPEST = 1000
 
 
 def load(source: str, *config: str, **options: Any) -> Any:
@@ -36,32 +32,14 @@ def load(source: str, *config: str, **options: Any) -> Any:
         options |= {"sample_by": "document", "encoding": "utf-8-sig"}
 
     for file in (path, *path.rglob("*")):
-        if file.suffix in _JSON and file.is_file():
-            if not file.stat().st_size:
-                raise UserError(f"The data of {str(file)!r} cannot be loaded: the file is empty.")
-            _refuse_deep(file)
+        if file.suffix in _JSON and file.is_file() and not file.stat().st_size:
+            raise UserError(f"The data of {str(file)!r} cannot be loaded: the file is empty.")
     with reading("data", source, on_hub=not path.exists()):
         try:
             return datasets.load_dataset(name, *config, **options)
         except datasets.exceptions.DatasetGenerationError as error:
             # Its own message says only that an error occurred.
             raise error.__cause__ or error from None
-
-
-def _refuse_deep(path: Path) -> None:
-    """Raise a ValueError for a file of JSON that is nested too deeply to be read."""
-    depth = 0  # an object may go on in the next line, but a string may not
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            # Strings are matched, too, so that brackets inside of them do not count.
-            tokens = re.findall(rb'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]', line)
-            depths = [*accumulate((_STEPS.get(token, 0) for token in tokens), initial=depth)]
-            if max(depths) > _DEEPEST:
-                raise UserError(
-                    f"The data of {str(path)!r} cannot be loaded: line {number} is nested more than {_DEEPEST:,} "
-                    "levels deep. Remove that line."
-                )
-            depth = depths[-1]
 
 
 def is_hub_id(source: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from io import StringIO
 from math import isnan, nan
@@ -145,29 +145,13 @@ class Plot(NamedTuple):
     draw: Callable[[Axes, int], None]
 
 
-def experts_by_block(report: ReportData) -> dict[str, list[PrunedLayer]]:
-    """Return one matrix of each expert, in the order of the experts, by block; empty unless whole experts leave."""
-    matrices = [layer for layer in report.layers if layer.saliency is not None]
-    blocks = {}
-    for name, layers in grouped(matrices, lambda layer: layer.block).items():
-        # An expert has several matrices.
-        blocks[name] = [layer for layer in layers if layer.siblings == layers[0].siblings]
-    return blocks
-
-
 def plots_of(report: ReportData) -> list[Plot]:
     """Return the figures for which the report has numbers."""
     require_extra("report", "matplotlib", purpose="Figures")
     sparsity = Grid(report, "sparsity")
     errors = Grid(report, "error")
     plots = []
-    experts = experts_by_block(report)
-    if experts:
-        height = 60 + max(8, round(500 / len(experts)) if len(experts) > 20 else 24) * len(experts)
-        titles = {"saliency": "Saliency of the experts", "tokens": "Tokens of the experts"}
-        for field, title in titles.items():
-            plots.append(Plot(field, title, height, partial(_draw_experts, experts, field)))
-    if len(sparsity.shown) > 1 and not experts:
+    if len(sparsity.shown) > 1:
         # Colors span at least 10 %, so that nearly uniform sparsities look nearly uniform.
         draw = partial(_draw_heat_map, sparsity, 0.1)
         plots.append(Plot("sparsity", "Zeros by layer", sparsity.heat_map_height, draw))
@@ -214,36 +198,6 @@ def _draw_heat_map(grid: Grid, least_range: float, axes: Axes, width: int) -> No
     axes.set(ylim=(rows - 0.5, -0.5), yticks=range(rows), yticklabels=grid.labels)
     axes.spines[:].set_visible(False)
     _number_blocks(axes, grid, f"block, from {low:.1%} (pale) to {high:.1%} (strong)")
-
-
-def _draw_experts(
-    experts: Mapping[str, Sequence[PrunedLayer]], field: str, axes: Axes, _: int
-) -> None:
-    """Draw a row for each block and a cell for each expert, relative to the largest of its row; cross out what left."""
-    import numpy as np
-    from matplotlib.colors import LinearSegmentedColormap, to_rgba
-
-    columns = max(map(len, experts.values()))
-    values = np.full((len(experts), columns), nan)
-    for row, layers in enumerate(experts.values()):
-        numbers = np.array([getattr(layer, field) for layer in layers], dtype=float)
-        values[row, : len(layers)] = numbers / (numbers.max() or 1.0)
-        gone = [column for column, layer in enumerate(layers) if layer.sparsity == 1]
-        axes.scatter(gone, [row] * len(gone), marker="x", s=14, color=SERIES[1], linewidth=1)
-
-    strengths = [to_rgba(ACCENT, 0.08), to_rgba(ACCENT, 1.0)]
-    axes.pcolormesh(
-        np.arange(-0.5, columns),
-        np.arange(-0.5, len(experts)),
-        values,
-        cmap=LinearSegmentedColormap.from_list("strengths", strengths),
-        vmin=0,
-        vmax=1,
-        zorder=0,
-    )
-    axes.locator_params(axis="both", nbins=16, integer=True)
-    axes.set(ylim=(len(experts) - 0.5, -0.5), xlabel="expert", ylabel="layer with experts")
-    axes.spines[:].set_visible(False)
 
 
 def _write_percents(grid: Grid, strong: float, axes: Axes) -> None:
