@@ -81,7 +81,6 @@ def llama_report(blocks=30):
                 Measured("MiB of weights", 513.1, 513.1),
                 Measured("times as fast", 1.0, 1.234, after_error=0.04),
             ),
-            loops=Measured("32 continuations", 0.03125, 0.5),
             zero_shot={"boolq": {"acc": 0.5625, "acc_stderr": 0.02, "right_to_wrong": 0.05}},
             dense_zero_shot={"boolq": {"acc": 0.6}},
             samples=(

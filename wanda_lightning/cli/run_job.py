@@ -20,7 +20,7 @@ from wanda_lightning.cli.measure import logged_results, measure, metric_of
 from wanda_lightning.cli.model_and_data import AnyData, data_for, load
 from wanda_lightning.cli.options import JobOptions, Results, as_command, values_of
 from wanda_lightning.cli.printing import print_line, print_table
-from wanda_lightning.cli.sample_text import PROMPTS, continuations, measure_loops
+from wanda_lightning.cli.sample_text import PROMPTS, continuations
 from wanda_lightning.cli.saving import write_results
 from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.atomic_write import require_writable, resolve_path
@@ -61,7 +61,6 @@ class _Measurement:
 
     metrics: dict[str, float] = field(default_factory=dict)
     texts: list[str] = field(default_factory=list)
-    loops: Metrics = field(default_factory=dict)
     accuracies: dict[str, Metrics] = field(default_factory=dict)
     answers: Answers = field(default_factory=dict)
     size: float = 0.0  # MiB of the parameters; 0 for a model that was never in memory
@@ -154,9 +153,6 @@ def _run_in_memory(parts: Parts, options: JobOptions, tasks: Kwargs) -> Iterator
             measured.metrics.update(measure(module, source, agreement, is_dense))
         module.to(device)  # at its end, the Trainer moves the model to the CPU
         # Generation is slow, so it runs only for a page.
-        if results.report and data.evaluation and isinstance(source, TextDataModule):
-            windows = source.windows_of(source.evaluations[0])
-            measured.loops = measure_loops(module.model, module.tokenizer, windows)
         if results.report and model.is_language:
             measured.texts.extend(continuations(module.model, module.tokenizer))
         return measured
@@ -286,7 +282,6 @@ def _circumstances(done: _Done, parts: Parts, options: JobOptions) -> Circumstan
         calibration=calibration,
         costs=_costs(done, options.results.save_model),
         samples=tuple(map(Continuations, PROMPTS, done.dense.texts, done.pruned.texts)),
-        loops=_loops(done),
         date=datetime.now(UTC).date().isoformat(),
     )
     if not done.dense.metrics:
@@ -310,16 +305,6 @@ def _results(done: _Done) -> Iterator[Measured]:
             after_error=after.get(error),
             agreement=done.agreement.metrics(number),
         )
-
-
-def _loops(done: _Done) -> Measured | None:
-    """Return the shares of continuations that end in a loop, if both models have continued prompts."""
-    before = done.dense.loops
-    after = done.pruned.loops
-    if not before or not after:
-        return None
-    data = f"{after['prompts']} continuations"
-    return Measured(data, before["in_a_loop"], after["in_a_loop"])
 
 
 def _costs(done: _Done, folder: str | None) -> tuple[Measured, ...]:

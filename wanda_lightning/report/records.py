@@ -251,8 +251,6 @@ class Circumstances:
     zero_shot: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     dense_zero_shot: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     samples: tuple[Continuations, ...] = ()  # text by both models
-    # Shares of continuations that end in a loop; `data` says of how many.
-    loops: Measured | None = None
     date: str = ""  # on which both models were measured, as in ISO 8601
 
     @property
