@@ -44,7 +44,6 @@ def page(report, tmp_path_factory):
         "Perplexity on python-docs (32 windows of 512 tokens) rose from 12.95 to 14.72.",
         "Same top prediction 71.23% ± 0.42, compared with the dense model",
         "KL divergence 0.2567 ± 0.0031, compared with the dense model",
-        "Continuations that end in a loop 50.0% dense 3.1%, of 32 continuations",
         "MiB of weights 513.1 dense 513.1 Times as fast 1.23 ± 0.04 dense 1.00",
         "12,264 predictions on sklearn-docs, 24 windows of 512 tokens, compared with those of the dense model",
         "Perplexity: 16.06 ± 0.31 before, 18.93 ± 0.41 afterward.",
