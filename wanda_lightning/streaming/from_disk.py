@@ -18,7 +18,7 @@ from wanda_lightning.common.model_source import ModelSource
 from wanda_lightning.config import PruningChoices, PruningConfig, Unpack, config_of
 from wanda_lightning.experts.mixture_checks import find_mixtures
 from wanda_lightning.experts.remove_experts import remove_experts
-from wanda_lightning.loop.plan import make_plan
+from wanda_lightning.loop.plan import Plan, make_plan
 from wanda_lightning.loop.steps import begin
 from wanda_lightning.report import PruningReport
 from wanda_lightning.streaming.checkpoint import RESIDENT, Checkpoint
@@ -116,12 +116,7 @@ def pruned_from_disk(
     If this block fails or is killed, another run with the same arguments yields the same report at once.
     """
     refuse_whole_model(config)
-    if source.path.is_dir() and resolve_path(output).is_relative_to(resolve_path(source.path)):
-        raise UserError(
-            f"output must lie outside of the source {source}, but it is {output}. Choose another folder."
-        )
-    if not (tokenizer is None or hasattr(tokenizer, "save_pretrained")):
-        raise UserError(f"tokenizer must be one of transformers, but it is {shown(tokenizer)}.")
+    _check_arguments(source, output, tokenizer)
     batches = list(batches)
     checkpoint = Checkpoint(source, dtype, device)
     removes_experts = config.pattern.removes == "experts"
@@ -129,11 +124,7 @@ def pruned_from_disk(
         refuse_changed_weights(checkpoint.quantization, str(source))
     plan = make_plan(config, checkpoint.model, by_block=True)
 
-    # Choose what is left of layers for multi-token prediction, which no batch reaches.
-    entries: Entries | None = {}
-    if removes_experts:
-        mixture = find_mixtures(config, checkpoint.model, plan.inventory)[0]
-        entries = largest_routers(checkpoint, config, mixture)
+    entries = _entries_of_not_loaded(plan, checkpoint)
     copied = {}
     if entries is not None:
         copied = {f"copied from {path.name}": path for path in checkpoint.not_loaded}
@@ -161,6 +152,25 @@ def pruned_from_disk(
     folder.finish(checkpoint, tokenizer, report.to_json())
     yield report
     folder.forget()
+
+
+def _check_arguments(source: ModelSource, output: StrPath, tokenizer: Any) -> None:
+    """Refuse an output inside of the source, and what is no tokenizer."""
+    if source.path.is_dir() and resolve_path(output).is_relative_to(resolve_path(source.path)):
+        raise UserError(
+            f"output must lie outside of the source {source}, but it is {output}. Choose another folder."
+        )
+    if not (tokenizer is None or hasattr(tokenizer, "save_pretrained")):
+        raise UserError(f"tokenizer must be one of transformers, but it is {shown(tokenizer)}.")
+
+
+def _entries_of_not_loaded(plan: Plan, checkpoint: Checkpoint) -> Entries | None:
+    """Return what is left of layers for multi-token prediction, which no batch reaches; None if they are left out."""
+    config = plan.config
+    if config.pattern.removes != "experts":
+        return {}
+    mixture = find_mixtures(config, checkpoint.model, plan.inventory)[0]
+    return largest_routers(checkpoint, config, mixture)
 
 
 def _what_determines(config: PruningConfig, checkpoint: Checkpoint, batches: list[Any]) -> Kwargs:
