@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import EnumMeta
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from math import nan
 from types import UnionType
@@ -29,6 +30,7 @@ _LIBRARIES = (
 )
 
 
+@cache  # reading them takes 20 ms
 def versions() -> dict[str, str]:
     """Return the versions of Python and the libraries that numbers depend on."""
     found = {"python": platform.python_version()}
