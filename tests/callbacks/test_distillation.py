@@ -21,7 +21,6 @@ from support.callbacks import (
     same,
     share_of_zeros,
     train_by_hand,
-    validate_module,
     wanda,
     zeros,
 )
@@ -168,23 +167,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, dense):
     whole = fit(6)
     assert same(whole, fit(6, tmp_path / "3.ckpt"))
     assert not same(whole, fit(3))
-
-
-def test_a_resumed_run_with_other_choices_is_refused(tmp_path):
-    fit_module(Net(), DistillFromDense(Dense()), SaveAt(tmp_path, 3), max_steps=3)
-    other = Dense()
-    with torch.no_grad():
-        other.layers[2].bias += 1e-3
-    for callback in (
-        DistillFromDense(Dense(), weight=0.4),
-        DistillFromDense(other),
-        DistillFromDense(Net()),
-    ):
-        module = Net()
-        with refuses("must be the same as in the checkpoint"):
-            fit_module(module, callback, max_steps=6, ckpt_path=tmp_path / "3.ckpt")
-        assert "training_step" not in vars(module)
-    validate_module(Net(), DistillFromDense(Dense(), weight=0.4), ckpt_path=tmp_path / "3.ckpt")
 
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.nightly)])

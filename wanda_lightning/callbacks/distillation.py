@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import hashlib
 import inspect
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -36,11 +35,9 @@ from wanda_lightning.models import (
     has_vectors,
     token_masks,
 )
-from wanda_lightning.parallel import local
 
 # The share from which a layer seems pruned; weights in 16 bits have a few zeros by chance.
 _SHARE_OF_ZEROS = 0.01
-_FINGERPRINT_VALUES = 64  # of each tensor
 
 Dense = StrPath | nn.Module | None
 
@@ -86,7 +83,6 @@ class DistillFromDense(Callback):
         self.network = network
         check(self, weight=Number(above=0, maximum=1), temperature=Number(above=0))
         self._teacher: nn.Module | None = None  # while it trains
-        self._fingerprint = ""
         self._patches = ExitStack()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -111,7 +107,6 @@ class DistillFromDense(Callback):
             )
 
         self._teacher = dense_model(self.dense, pl_module, self.network)
-        self._fingerprint = fingerprint(self._teacher)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Move the dense model beside the network, and add to the loss of each step from now on."""
@@ -152,22 +147,6 @@ class DistillFromDense(Callback):
         self._teacher = None
 
     on_exception = on_train_end  # type: ignore[assignment]  # of any arguments
-
-    def state_dict(self) -> Kwargs:
-        """Return the choices and a fingerprint of the dense model, which a resumed run must not change."""
-        if not self._fingerprint:
-            return {}
-        options = {name: getattr(self, name) for name in ("weight", "temperature", "network")}
-        return {"dense": self._fingerprint, **options}
-
-    def load_state_dict(self, state_dict: Kwargs) -> None:
-        """Refuse the state of a run with other choices or another dense model."""
-        if self._teacher is not None and state_dict != self.state_dict():
-            raise UserError(
-                f"dense, weight, temperature and network must be the same as in the checkpoint, which DistillFromDense "
-                f"wrote with {state_dict}, but they are {self.state_dict()}, where dense is a fingerprint of the "
-                "model. Use the same, or load only the weights in a new run."
-            )
 
 
 @dataclass
@@ -309,17 +288,6 @@ def dense_model(dense: Dense, pl_module: LightningModule, name: str | None) -> n
                 "too: it would be trained and pruned. Leave dense out, or give copy.deepcopy() of the dense model."
             )
     return model.requires_grad_(False).eval()
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Return a hash of the names and shapes of all parameters, and of some values of each."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        values = local(parameter.detach()).flatten()
-        step = max(1, len(values) // _FINGERPRINT_VALUES)
-        digest.update(values[::step].cpu().double().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _zeros_of_pruning(model: nn.Module) -> str:
