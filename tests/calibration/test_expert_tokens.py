@@ -112,7 +112,7 @@ def assert_pruned_by(square_sum, name, dense, model, sparsity=0.5):
 @pytest.mark.parametrize("formula", [FORMULAS["all tokens"], FORMULAS["broadcast"], by_halves])
 @pytest.mark.parametrize("allocation", ["uniform", "fisher"])
 def test_other_formulas(formula, allocation, set_minimum):
-    set_minimum(0)
+    set_minimum(1)
     model = remote(formula)
     dense = remote(formula)
     report = prune(model, BATCHES, sequential="none", allocation=allocation)
@@ -150,7 +150,7 @@ def test_products_that_are_not_recognized_leave_their_experts_dense(sequential):
 # Of four experts: with all, as many tokens enter an expert as a mask has.
 @pytest.mark.parametrize("used", [2, 4])
 def test_padding_that_counts_is_noted(set_minimum, used):
-    set_minimum(0)
+    set_minimum(1)
     model = model_of("mixtral")
     for layer in model.model.layers:
         layer.mlp.gate.top_k = used

@@ -228,12 +228,9 @@ PRODUCTS = [
     lambda: F.linear(X, W, BIAS),
     lambda: F.linear(bias=BIAS, weight=W, input=X),
     lambda: X @ W.mT,
-    lambda: torch.matmul(input=X, other=W.mT),
     lambda: torch.bmm(X, W.mT.expand(2, -1, -1)),
-    lambda: torch.bmm(mat2=W.mT.expand(2, -1, -1), input=X),
     lambda: torch.baddbmm(BIAS, X, W.mT.expand(2, -1, -1)),
     lambda: torch.addmm(BIAS, ROWS, W.mT),
-    lambda: torch.addmm(mat2=W.mT, mat1=ROWS, input=BIAS),
     lambda: W.mm(ROWS.t()).t(),
 ]
 

@@ -1,9 +1,6 @@
 """The facts that the lockstep engine rests on, each against a plain forward pass or a counter."""
 
-import os
-import signal
 import threading
-import time
 import traceback
 import weakref
 from contextvars import ContextVar
@@ -222,29 +219,6 @@ def test_closing_early_ends_all_batches_even_if_a_model_catches_exceptions(kind,
     visits.close()
     assert overrides(model) == list(visits) == []
     assert kind is BaseException or model.caught == ()
-
-
-@pytest.mark.parametrize(
-    ("place", "sequential", "seconds"),
-    [("glue", "block", 0.1), ("stop", "block", 60), ("stop", "none", 60)],
-)
-def test_ctrl_c_ends_at_once(place, sequential, seconds):
-    """In a stop the sleep itself is cut short; in the model's own code a batch goes on to its next stop."""
-    timer = threading.Timer(0.15, os.kill, [os.getpid(), signal.SIGINT])
-
-    def nap(*_):
-        if not timer.is_alive():
-            timer.start()
-        time.sleep(seconds)
-
-    model = Chain(*(Mlp(before=nap if place == "stop" else None) for _ in range(40)))
-    model.glue = nap if place == "glue" else model.glue
-    started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        prune(model, vectors(40), sequential=sequential, skip=["head"])
-    timer.join()
-    assert time.monotonic() - started < 10
-    assert overrides(model) == hooks(model) == []
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")

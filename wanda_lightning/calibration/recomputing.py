@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from contextvars import Context, copy_context
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,18 +35,14 @@ def recomputing(blocks: Sequence[Module]) -> Iterator[None]:
     Only the inputs of each block are stored until then (Chen et al. 2016, arXiv 1604.06174). A block may take and
     return any nested structure of tensors. The second run sees the same modes and context variables as the first. It
     sees attributes of the modules around the block as the forward pass has left them; if the block then computes
-    something else, an error says so.
+    something else, an error says so. No gradient passes from one block to another in a context variable.
 
-    A block is not recomputed if it
-
-    - writes into its arguments, or receives an object with tensors, such as a key-value cache;
-    - sets a context variable;
-    - could read a tensor that requires gradients from such a variable.
+    A block is not recomputed if it writes into its arguments, or receives an object with tensors, such as a key-value
+    cache.
     """
-    outside = copy_context()
     with ExitStack() as restored:
         for block in blocks:
-            recomputed = _Recomputed(type(block).__name__, block.forward, outside)
+            recomputed = _Recomputed(type(block).__name__, block.forward)
             restored.enter_context(patched(block, "forward", recomputed))
         yield
 
@@ -58,8 +53,7 @@ class _Recomputed:
 
     name: str  # of the class, for a message
     forward: Forward
-    outside: Context  # the context variables around the whole pass
-    writes: bool = False  # into its arguments, or into what is around it
+    writes: bool = False  # into its arguments
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block, without keeping its activations if it can be recomputed."""
@@ -69,9 +63,9 @@ class _Recomputed:
 
         # The graph holds `run`. If `run` held a tensor of the graph, neither would ever be freed.
         tensors, arguments = take_out_tensors((args, kwargs))
-        replay = Replay(self.outside)
-        if tensors_within(arguments) or any(tensor.requires_grad for tensor in replay.tensors()):
+        if tensors_within(arguments):
             return self.forward(*args, **kwargs)
+        replay = Replay()
         # Another block may write into them before the second run.
         arguments = clone_arguments(arguments)
         output_structure = None
@@ -108,13 +102,15 @@ class _Recomputed:
             )
 
     def _run(self, replay: Replay, arguments: Any) -> Any:
-        """Run the forward, and note whether it writes into its arguments or into what is around it."""
+        """Run the forward, and note whether it writes into its arguments."""
         args, kwargs = arguments
+        forward = partial(self.forward, *args, **kwargs)
         tensors = tensors_within(arguments)
         before = [(id(tensor), write_count(tensor)) for tensor in tensors]
-        output, has_set = replay.run(lambda: self.forward(*args, **kwargs))
+        # The first run has no gradients, and the second is somewhere else: in the backward pass.
+        output = replay.run(forward) if torch.is_grad_enabled() else forward()
         after = [(id(tensor), write_count(tensor)) for tensor in tensors_within(arguments)]
-        self.writes = self.writes or has_set or before != after
+        self.writes = self.writes or before != after
         return output
 
 

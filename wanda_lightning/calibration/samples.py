@@ -26,7 +26,6 @@ from wanda_lightning.calibration.batches import (
 from wanda_lightning.calibration.error_notes import naming_batch
 from wanda_lightning.calibration.trees import clone_arguments, tensors_of
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.common.text_features import SENTENCES, as_encoded, reads_texts, text_features
 from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.models import TokenMask, check_tokens, token_masks
@@ -68,8 +67,8 @@ class Samples:
         self._model = model
         self.processes = processes
         self._reader = reader
-        self._forward = partial(_on_copy, forward or self._forward_on_device)
-        self._predict = partial(_on_copy, predict or forward or self._forward_on_device)
+        self._forward = forward or self._forward_on_device
+        self._predict = predict or self._forward
 
         # Without its weights in memory, a model cannot try whether samples run alone.
         self.can_try = not any(
@@ -98,15 +97,10 @@ class Samples:
                 check_tokens(self._model, batch["input_ids"])
             raise
 
-    def read_all(self, progress: bool) -> None:
-        """Load all batches into memory; a bar counts them if their number is unknown."""
-        batches = []
-        with ProgressBar("Reading batches", self.length, progress and self.length is None) as bar:
-            for batch in self._batches:
-                batches.append(batch)
-                bar.advance()
-        self._batches = batches
-        self.length = len(batches)
+    def read_all(self) -> None:
+        """Load all batches into memory."""
+        self._batches = list(self._batches)
+        self.length = len(self._batches)
 
     def __iter__(self) -> Iterator[Sample]:
         """Read the batches one by one; in several processes, inside `Processes.fail_together`."""
@@ -233,12 +227,6 @@ def _tokenized(model: Module, batches: Iterable[Any]) -> Iterable[Any]:
     """Return calibration batches; for a list of texts, batches that the model makes of them, in their order."""
     if not isinstance(batches, Sequence) or not batches or not isinstance(batches[0], str):
         return batches
-    for index, text in enumerate(batches):
-        if not isinstance(text, str):
-            raise UserError(
-                f"batches must be texts only or batches only, but batches[0] is a text and batches[{index}] is a "
-                f"{type(text).__name__}. Give a list of strings."
-            )
     if not reads_texts(model):
         raise UserError(
             f"batches must hold tensors, but they are texts, and {type(model).__name__} has no method `tokenize`, as "
@@ -264,13 +252,9 @@ def fit_together(samples: Sequence[Sample]) -> bool:
 
 
 def _run(forward: BatchFunction, batch: Any, index: int) -> object:
+    """Run a copy of a batch: the model may write into it, or take keys from it, and later passes read it again."""
     with naming_batch(index, batch):
-        return forward(batch)
-
-
-def _on_copy(forward: BatchFunction, batch: Any) -> object:
-    """Run a batch that the model may write into, or take keys from: later passes and the caller read it again."""
-    return forward(clone_arguments(batch))
+        return forward(clone_arguments(batch))
 
 
 def length_of(batches: Any) -> int | None:
@@ -290,16 +274,9 @@ def forward_batch(model: Module, batch: Any) -> object:
     """
     if isinstance(batch, Mapping):
         arguments = inspect.signature(model.forward).parameters
+        takes_all = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in arguments.values())
+        accepted = {key: value for key, value in batch.items() if takes_all or key in arguments}
         if not reads_texts(model) or batch.keys() & arguments.keys():
-            return model(**_accepted(model, batch))
+            return model(**accepted)
     output = model(batch[0] if isinstance(batch, tuple | list) else batch)
     return as_encoded(model, output)
-
-
-def _accepted(model: Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the entries of a batch that the model's forward takes."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
-        return batch
-    accepted = {parameter.name for parameter in parameters}
-    return {key: value for key, value in batch.items() if key in accepted}

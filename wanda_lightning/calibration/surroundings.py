@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from contextvars import Context, ContextVar, copy_context
+from contextvars import Context, copy_context
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
 from torch.backends import cuda
 
 from wanda_lightning.calibration.interception import WeightInterceptor
@@ -24,33 +23,18 @@ from wanda_lightning.calibration.torch_internals import (
     inside_transform,
     set_active_modes,
 )
-from wanda_lightning.calibration.trees import clone_arguments, tensors_within
+from wanda_lightning.calibration.trees import clone_arguments
 from wanda_lightning.common.errors import UserError
 
 _Result = TypeVar("_Result")
 _ABSENT = object()
 
 
-class Pass(Protocol):
-    """A forward pass of one batch, which waits."""
-
-    @property
-    def context(self) -> Context:
-        """Its context variables, in which a function can run."""
-
-
-@dataclass(frozen=True)
-class _WholePass:
-    """Stands for the pass of a call outside of lockstep."""
-
-    context: Context
-
-
 @dataclass(frozen=True)
 class Surroundings:
     """The surroundings of a call of a module: PyTorch's state and context variables."""
 
-    batch: Pass
+    context: Context  # the variables of the pass, in which its later modules run, too
     state: TorchState
     outside: Context  # the context variables around the whole pass
 
@@ -59,55 +43,39 @@ class Surroundings:
         """Return what surrounds this call, for a module that runs outside of lockstep."""
         outside = copy_context()
         with torch.no_grad():
-            return cls(_WholePass(outside.copy()), TorchState(), outside)
+            return cls(outside.copy(), TorchState(), outside)
 
     def run(self, function: Callable[[], _Result]) -> _Result:
         """Run a function as a part of the batch's own pass, whose later modules see what it sets."""
         with self.state.entered():
-            return self.batch.context.run(function)
+            return self.context.run(function)
 
     def try_out(self, function: Callable[[], _Result]) -> _Result:
         """Run a function without gradients, then take back what it has set: the batch does not see it."""
-        context = self.batch.context.copy()
+        context = self.context.copy()
         with self.state.entered(), torch.no_grad():
             context.run(self._clone_variables)
             return context.run(function)
 
     def _clone_variables(self) -> None:
         """Clone what the model has set: a module may append to a list, as in transformers for the logits of routers."""
-        for variable, value in _set_inside(copy_context(), self.outside):
-            variable.set(clone_arguments(value))
-
-
-def _set_inside(context: Context, outside: Context) -> Iterator[tuple[ContextVar[Any], Any]]:
-    """Yield the context variables that have another value than outside."""
-    for variable, value in context.items():
-        if outside.get(variable, _ABSENT) is not value:
-            yield variable, value
+        for variable, value in copy_context().items():
+            if self.outside.get(variable, _ABSENT) is not value:
+                variable.set(clone_arguments(value))
 
 
 class Replay:
-    """Runs a function again in the surroundings that it first had, as a backward pass does with a block.
+    """Runs a function in the surroundings of its construction, as a backward pass does with a block that ran before."""
 
-    `outside` are the context variables around the whole pass.
-    """
-
-    def __init__(self, outside: Context) -> None:
-        self._outside = outside
+    def __init__(self) -> None:
         self._state = TorchState()
         self._context = copy_context()
 
-    def tensors(self) -> list[Tensor]:
-        """Return the tensors that the model has left for the function in context variables."""
-        return tensors_within([value for _, value in _set_inside(self._context, self._outside)])
-
-    def run(self, function: Callable[[], _Result]) -> tuple[_Result, bool]:
-        """Run the function, and take back the variables that it sets; also return whether it has set any."""
+    def run(self, function: Callable[[], _Result]) -> _Result:
+        """Run the function, and take back the variables that it sets."""
         gradients = torch.is_grad_enabled()
-        context = self._context.copy()
         with self._state.entered(exactly=True), torch.set_grad_enabled(gradients):
-            result = context.run(function)
-        return result, any(True for _ in _set_inside(context, self._context))
+            return self._context.copy().run(function)
 
 
 class TorchState:
@@ -171,9 +139,9 @@ def refuse_transforms(name: str) -> None:
     if inside_transform():
         raise UserError(
             f"batches must be able to wait at {name}, or to run it again, but the model calls it inside of a transform "
-            "(vmap, grad or jvp of torch.func, or a dual level), which cannot be left and entered again. Leave such "
-            "layers out with skip=, or use method='wanda' with sequential='none', which runs the batches one after "
-            "another. Inside of vmap, only skip= helps."
+            "(vmap, grad or jvp of torch.func), which cannot be left and entered again. Leave such layers out with "
+            "skip=, or use method='wanda' with sequential='none', which runs the batches one after another. Inside of "
+            "vmap, only skip= helps."
         )
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, overrides
-from torch.autograd import forward_ad
 from torch.nn import Module
 
 # Where `Module.compile` keeps the code that a call runs instead of `forward`.
@@ -38,10 +37,8 @@ def is_mapped(tensor: Tensor) -> bool:
 
 
 def inside_transform() -> bool:
-    """Return whether a transform of `torch.func`, or a level of forward-mode differentiation, is active."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or (
-        forward_ad._current_level >= 0
-    )
+    """Return whether a transform of `torch.func` is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def active_modes() -> list[Any]:

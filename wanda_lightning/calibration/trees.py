@@ -113,17 +113,8 @@ class _Copier:
             clone[:] = [self.copy(item, depth) for item in value]
         elif isinstance(value, dict):
             clone.update({key: self.copy(item, depth) for key, item in value.items()})
-        for name in _attributes(value):
-            if hasattr(value, name):
-                object.__setattr__(clone, name, self.copy(getattr(value, name), depth))
-
-
-def _attributes(value: Any) -> list[str]:
-    names = [*getattr(value, "__dict__", ())]
-    for base in type(value).__mro__:
-        slots = vars(base).get("__slots__", ())
-        names += [slots] if isinstance(slots, str) else slots
-    return names
+        for name, attribute in getattr(value, "__dict__", {}).items():
+            object.__setattr__(clone, name, self.copy(attribute, depth))
 
 
 # ---- tensors apart from their tree

@@ -98,7 +98,7 @@ def _read_all_if_needed(run: Run) -> None:
     allocates_first = not run.plan.is_one_pass or config.reads_gradients
     recovers = config.recovery.reads_batches or config.recovery.trains_blocks
     if config.data_reader and (allocates_first or recovers):
-        run.samples.read_all(run.progress)
+        run.samples.read_all()
 
 
 def _rehearsed(run: Run) -> Run:
