@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from contextvars import copy_context
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -75,24 +75,13 @@ class Visit(NamedTuple):
         self.calls[:] = map(wrap, self.calls)
 
 
-@dataclass
-class Passed:
-    """Names of the stops that samples reached after these were visited, and so did not wait at."""
-
-    again: set[str] = field(default_factory=set)  # by a sample that had waited there
-    late: set[str] = field(default_factory=set)  # by a sample that came from another stop first
-
-    def by_any(self) -> set[str]:
-        """Return the stops that any sample has passed."""
-        return self.again | self.late
-
-
 @dataclass(frozen=True)
 class Visits(Iterator[Visit]):
     """The visits of all stops in turn. Closing it ends all samples and restores the modules."""
 
     stops: Sequence[Stop]
-    passed: Passed  # so far; complete after the last visit
+    # Names of the stops that samples reached after the visit, and so did not wait at; complete after the last visit.
+    passed: set[str]
     visits: Generator[Visit]
 
     def __next__(self) -> Visit:
@@ -128,7 +117,7 @@ def lockstep(
         The visits. Nothing runs before the first one is asked for. An exception, like `close`, ends all samples and
         restores the modules.
     """
-    passed = Passed()
+    passed: set[str] = set()
     return Visits(stops, passed, _visits(stops, samples, processes, to_end, model, passed))
 
 
@@ -144,7 +133,7 @@ def _visits(
     processes: Processes,
     to_end: bool,
     model: Module | None,
-    passed: Passed,
+    passed: set[str],
 ) -> Generator[Visit]:
     pending = set(range(len(stops)))
     with _parking(stops), ExitStack() as ends:
@@ -166,8 +155,8 @@ def _visits(
             batches_here = [batch for batch in parked if batch.stop == index]
             calls = [batch.call for batch in batches_here if batch.call]
             visit = Visit(stops[index], calls)
-            if index not in pending:
-                _note_passed(batches_here, stops[index], passed)
+            if index not in pending and calls:
+                passed.add(stops[index].name)
             if index in pending or to_end:
                 yield visit
 
@@ -175,7 +164,7 @@ def _visits(
             if not pending and not to_end:
                 if batches_here:
                     with _ending_at_head(model):
-                        _find_passed(batches_here[-1], stops, passed)  # the innermost
+                        _find_passed(batches_here[-1], passed)  # the innermost
                 return
 
             with processes.fail_together():
@@ -186,16 +175,7 @@ def _visits(
                     del output
 
 
-def _note_passed(batches: Iterable[_Batch], stop: Stop, passed: Passed) -> None:
-    """Note that batches have reached a stop that was visited before."""
-    for batch in batches:
-        if stop.name in batch.visited:
-            passed.again.add(stop.name)
-        else:
-            passed.late.add(stop.name)
-
-
-def _find_passed(batch: _Batch, stops: Sequence[Stop], passed: Passed) -> None:
+def _find_passed(batch: _Batch, passed: set[str]) -> None:
     """Continue a sample from the last stop to the end of the model, and note the stops that it reaches on the way.
 
     ALBERT and looped models apply one block many times.
@@ -204,9 +184,9 @@ def _find_passed(batch: _Batch, stops: Sequence[Stop], passed: Passed) -> None:
     with suppress(Exception, GreenletExit):  # the last stop may hold the output head
         while batch.call:
             batch.advance(batch.call.run())
-            if batch.call is None or batch.call.stop in passed.again:
+            if batch.call is None or batch.call.stop in passed:
                 break
-            _note_passed([batch], stops[batch.stop], passed)
+            passed.add(batch.call.stop)
 
 
 @contextmanager
@@ -281,7 +261,6 @@ class _Batch(greenlet):
         # The call at which the batch is parked; None while it runs and after its end.
         self.call: Call | None = None
         self.stop = -1  # index of the stop at which the batch is parked, or was parked last
-        self.visited: set[str] = set()  # names of the stops at which it has been parked
         self._sample = sample
         self._stops = stops
         self._ended = False
@@ -319,8 +298,6 @@ class _Batch(greenlet):
 
     def advance(self, output: Any = None) -> None:
         """Let the batch run to its next stop, or to its end (called by the scheduler)."""
-        if self.call:
-            self.visited.add(self.call.stop)
         self.call = None
         self._output = output
         self.parent = getcurrent()

@@ -16,11 +16,8 @@ from torch import Tensor
 from torch.nn import Module
 
 from wanda_lightning.calibration.lockstep import lockstep, run_to_head
-from wanda_lightning.calibration.pruning_mode import patched
 from wanda_lightning.calibration.samples import Sample, Samples
-from wanda_lightning.calibration.torch_internals import COMPILED_CALL
 from wanda_lightning.calibration.trees import tensors_within
-from wanda_lightning.common.aliases import Forward
 from wanda_lightning.models import Stop, has_hooks
 
 # Their models were all compared, see docs/design.md.
@@ -77,9 +74,9 @@ def differing_stop(stops: Sequence[Stop], samples: Sequence[Sample]) -> int:
             for index, stop in enumerate(stops):
                 module = stop.module
                 assert module is not None
-                record = partial(_record, plain[sample.batch_index, index], module.forward)
-                restored.enter_context(patched(module, COMPILED_CALL, None))
-                restored.enter_context(patched(module, "forward", record))
+                record = partial(_record, plain[sample.batch_index, index])
+                hook = module.register_forward_pre_hook(record, with_kwargs=True)
+                restored.enter_context(hook)
             sample.forward()
 
     together: _Inputs = defaultdict(list)
@@ -102,9 +99,8 @@ def explain(stop: Stop) -> str:
     )
 
 
-def _record(seen: list[Tensor], forward: Forward, *args: Any, **kwargs: Any) -> Any:
+def _record(seen: list[Tensor], module: Module, args: Any, kwargs: Any) -> None:
     seen.extend(_sums(args, kwargs))
-    return forward(*args, **kwargs)
 
 
 def _sums(args: Any, kwargs: Any) -> list[Tensor]:

@@ -125,27 +125,17 @@ def _on_layers(run: Run, dense: SkippedMatrices, rare_experts: tuple[str, str]) 
 
 
 def _on_passed(run: Run) -> Iterator[Note]:
-    """Name the layers whose statistics leave out calls, since a batch reached their stop again or too late."""
-    called_again = _shared_outside(run.plan)
-    called_late = set()
+    """Name the layers whose statistics leave out calls, since a batch reached their stop after its visit."""
+    passed = _shared_outside(run.plan)
     for stop in run.plan.stops:
-        layers = {layer.name for layer in stop.layers}
-        if stop.name in run.done.passed.again:
-            called_again |= layers
-        elif stop.name in run.done.passed.late:
-            called_late |= layers
+        if stop.name in run.done.passed:
+            passed |= {layer.name for layer in stop.layers}
 
-    names = [name for name in run.done.layers if name in called_again]
+    names = [name for name in run.done.layers if name in passed]
     if names:
         yield Note(
-            f"the model calls {_layers(names)} more than once, {names[0]} first, but the statistics include only the "
-            "first call: use sequential='none', so that they include all calls"
-        )
-    names = [name for name in run.done.layers if name in called_late - called_again]
-    if names:
-        yield Note(
-            f"some batches call the layers in another order than others, so the statistics of {_layers(names)}, "
-            f"{names[0]} first, leave these batches out: use sequential='none', so that they include all batches"
+            f"the model calls {_layers(names)} more than once, or in another order for some batches, {names[0]} first, "
+            "but the statistics leave these calls out: use sequential='none', so that they include all calls"
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 
-from wanda_lightning.calibration.lockstep import Passed, Visit, Visits, lockstep
+from wanda_lightning.calibration.lockstep import Visit, Visits, lockstep
 from wanda_lightning.calibration.observer import Observation, StopObserver
 from wanda_lightning.calibration.samples import Samples
 from wanda_lightning.common.progress import ProgressBar
@@ -56,8 +56,8 @@ class Done:
     zero_units: dict[str, int] = field(default_factory=dict)
     # What is left of the tensors that have lost experts.
     kept: dict[str, KeptEntries] = field(default_factory=dict)
-    # Stops that the model called after they were pruned.
-    passed: Passed = field(default_factory=Passed)
+    # Names of the stops that the model called after they were pruned.
+    passed: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True)

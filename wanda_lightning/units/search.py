@@ -47,7 +47,7 @@ def find_units(run: Run) -> UnitsByReader:
             bar.advance()
 
     # Only processes with samples there have seen it.
-    passed = visits.passed.by_any()
+    passed = visits.passed
     for block in blocks:
         if not processes.all_agree(block.name not in passed):
             for layer in block.layers:

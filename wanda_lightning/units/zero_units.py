@@ -186,7 +186,7 @@ def _take_out_of_blocks(
     full_pass = lockstep(search.blocks, recorded, to_end=True, model=model)
     for _ in full_pass:
         pass
-    called_again = full_pass.passed.again
+    called_again = full_pass.passed
     search.blocks = [block for block in search.blocks if block.name not in called_again]
 
     with closing(lockstep(search.blocks, [sample], model=model)) as visits:
