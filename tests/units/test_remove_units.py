@@ -33,19 +33,6 @@ from wanda_lightning.verbs.remove_units import find_what_can_leave
 EACH_OF_4 = Structured(multiple_of=4)
 
 
-class Interleaved(nn.Module):
-    """A gate whose rows alternate with those of the values."""
-
-    def __init__(self):
-        super().__init__()
-        self.up = nn.Linear(32, 128)
-        self.down = nn.Linear(64, 32)
-
-    def forward(self, x):
-        gate, value = self.up(x).unflatten(-1, (-1, 2)).unbind(-1)
-        return x + self.down(gate.sigmoid() * value)
-
-
 def mobile():
     """Inverted residuals with a depthwise convolution and squeeze-and-excitation."""
     squeeze = partial(SqueezeExcite, rd_channels=8)
@@ -68,7 +55,6 @@ vectors = partial(random, 4, 32)
 OWN = {
     "phi3": (causal("phi3").build, causal("phi3").batches),
     "mobile": (lambda: seeded(mobile), partial(random, 2, 3, 12, 12)),
-    "interleaved": (lambda: chain(lambda: [Interleaved(), Interleaved()]), vectors),
 }
 
 
@@ -86,7 +72,6 @@ READERS = {
     "phi3": {"mlp.down_proj"},  # gates and values are halves of one matrix
     "gpt2": {"mlp.c_proj"},
     "convnext": {"mlp.fc2"},
-    "interleaved": {"down"},
     "plain_mlp": {"2", "4"},
     "resnet50": {"conv2", "conv3"},
     "mobile": {"conv_pwl", "se.conv_expand"},
@@ -310,10 +295,10 @@ def test_the_units_with_the_smallest_sums_of_squared_scores_become_zero():
     )
 
 
-@pytest.mark.parametrize("name", ["llama", "interleaved"])
-def test_fisher_scores_units_by_their_effect_on_the_loss(name):
+def test_fisher_scores_units_by_their_effect_on_the_loss():
     """Against autograd: (x * dL/dx)^2 summed over tokens, with the labels that are drawn in the package."""
-    (model, batches), held = specimen(name), {}
+    model, batches = specimen("llama")
+    held = {}
     own, found = search(model, batches, allocation="fisher")
     expected = dict.fromkeys(found.units, 0.0)
 
@@ -325,8 +310,7 @@ def test_fisher_scores_units_by_their_effect_on_the_loss(name):
         model.get_submodule(reader).register_forward_pre_hook(partial(keep, reader))
         for reader in expected
     ]
-    samples = split(batches, 1) if name == "llama" else torch.cat(batches).split(1)
-    for index, sample in enumerate(samples):
+    for index, sample in enumerate(split(batches, 1)):
         logits = run(model, sample).flatten(0, -2)
         F.cross_entropy(logits, drawn(logits, index), reduction="sum").backward()
         for reader, x in held.items():

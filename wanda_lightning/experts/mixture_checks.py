@@ -139,7 +139,7 @@ def _computes_same(mixture: Mixture, call: Call, keep: Units) -> bool:
             lowered.close()
             undo.callback(mixture.take(keep))
 
-        block_runs = BlockRuns(mixture.module, [replace(call, forward=forward)])
+        block_runs = BlockRuns(mixture.module, replace(call, forward=forward))
         is_same = block_runs.same_after(take)
         if not is_same and len(runs) == 2:
             is_same = _same_but_for_ties(*runs)

@@ -1,8 +1,8 @@
-"""Run a block on parked calls before and after a change of its weights, and compare the results."""
+"""Run a block on a parked call before and after a change of its weights, and compare the results."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -20,62 +20,56 @@ from wanda_lightning.models import Layer
 from wanda_lightning.units.candidates import HiddenUnits
 
 
-@dataclass
-class _Record:
-    """The results of one call of a block, and the inputs of its modules."""
+@dataclass(frozen=True)
+class Record:
+    """The results of a run, and what its modules read."""
 
     # Tensors that the block returned, or wrote into its arguments or attributes, in this order.
-    results: list[Tensor] = field(default_factory=list)
-    buffers: list[Tensor] = field(default_factory=list)  # that the block wrote into
-    # Inputs of each module with a matrix, one tensor for each of its calls.
-    inputs: dict[Module, list[Tensor]] = field(default_factory=dict)
-    eps: float = 0.0  # largest relative rounding error of the dtypes that the block used
+    results: list[Tensor]
+    inputs: dict[Module, list[Tensor]]  # of each watched module, one tensor for each of its calls
+    eps: float  # largest relative rounding error of the dtypes that the block used
+
+    def reads_alone(self, module: Module) -> bool:
+        """Whether the run reaches a module, and no other watched module gets the same input."""
+        others = [inputs for other, inputs in self.inputs.items() if other is not module]
+        return module in self.inputs and not any(
+            x.shape == y.shape and torch.equal(x, y)
+            for x in self.inputs[module]
+            for y in chain(*others)
+        )
+
+    def reads_same(self, other: "Record", layer: Layer, columns: Tensor) -> bool:
+        """Whether, in another run, a layer reads the given columns of what it reads in this one."""
+        inputs = self.inputs.get(layer.module, [])
+        other_inputs = other.inputs.get(layer.module, [])
+        if len(inputs) != len(other_inputs):
+            return False
+        for old, new in zip(inputs, other_inputs, strict=True):
+            expected = layer.tokens(old)[:, columns.to(old.device)]
+            tokens = layer.tokens(new)
+            if expected.shape != tokens.shape or not same_columns(expected, tokens, self.eps):
+                return False
+        return True
 
 
+@dataclass(frozen=True)
 class BlockRuns:
-    """Compares runs of a block with its first ones. The inputs of its modules are recorded for the first call only.
+    """Runs a block on one call, as often as necessary.
 
     Of a `whole` model, only what it returns is compared, and less strictly: rounding spreads from block to block.
     """
 
-    def __init__(self, block: Module, calls: Sequence[Call], whole: bool = False) -> None:
-        self._block = block
-        self._calls = calls
-        self._whole = whole
-        self._matrices = [module for module in block.modules() if _has_matrix(module)]
-        self._records: list[_Record] = []
+    block: Module
+    call: Call
+    whole: bool = False
 
-    def recording(self) -> Iterator[Call]:
-        """Yield the calls; the first run of each is what later runs are compared with."""
-        for index, call in enumerate(self._calls):
-            is_watched = index == 0 and not self._whole
-            watched = self._matrices if is_watched else []
-            yield replace(call, forward=partial(self._run_first, call, watched))
+    def run(self, watched: Sequence[Module] = ()) -> Record:
+        """Run the call on arguments that it may change, and record the inputs of the watched modules."""
+        return replace(self.call, forward=partial(self._record, watched)).run(on_copies=True)
 
-    def _run_first(self, call: Call, watched: Sequence[Module], *args: Any, **kwargs: Any) -> Any:
-        output, record = self._run(call, args, kwargs, watched)
-        self._records.append(record)
-        return output
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there is no call."""
-        return not self._records
-
-    def reads_alone(self, module: Module) -> bool:
-        """Whether the first call reaches a module, and no other module with a matrix gets the same input."""
-        inputs = dict(self._records[0].inputs)
-        own_inputs = inputs.pop(module, None)
-        if own_inputs is None:
-            return False
-        others = list(chain(*inputs.values()))
-        return not any(x.shape == y.shape and torch.equal(x, y) for x in own_inputs for y in others)
-
-    def same_results(self) -> bool:
-        """Run all calls, and return whether the block gives the same results as at first, to rounding."""
-        # All of them, also after a difference: equally many runs in each process.
-        again = [self._run_again(index) for index in range(len(self._records))]
-        return all(map(self._same_results, self._records, again))
+    def is_same(self, before: Record, after: Record) -> bool:
+        """Whether two runs have the same results, to rounding."""
+        return all_same(before.results, after.results, before.eps, loosely=self.whole)
 
     def same_after(
         self,
@@ -83,7 +77,7 @@ class BlockRuns:
         units: HiddenUnits | None = None,
         keep: Units | None = None,
     ) -> bool:
-        """Run the first call, take something out of the block, and run it again: whether it computes the same.
+        """Run the call, take something out of the block, and run it again: whether it computes the same.
 
         If hidden `units` are taken out but those to `keep`, the call must reach their layers, and what the reader gets
         must be the same, too, since a residual stream or a small scale could hide a difference from the results. A
@@ -94,43 +88,19 @@ class BlockRuns:
             watched = [layer.module for layer in (units.reader, *units.writers)]
             columns = keep.repeat(units.columns_per_unit)  # before there are fewer
 
-        before = self._run_again(0, watched)
+        before = self.run(watched)
         change()
         try:
-            after = self._run_again(0, watched)
+            after = self.run(watched)
         except Exception:
             return False
 
-        # Buffers may have other shapes now.
-        before.buffers = []
-        after.buffers = []
-        is_reached = all(module in before.inputs for module in watched)
-        if not is_reached or not self._same_results(before, after):
+        is_reached = before.inputs.keys() == set(watched)
+        if not is_reached or not self.is_same(before, after):
             return False
-        return units is None or _reads_same(units.reader, columns, before, after)
+        return units is None or before.reads_same(after, units.reader, columns)
 
-    def _same_results(self, before: _Record, after: _Record) -> bool:
-        return all_same(
-            before.results + before.buffers,
-            after.results + after.buffers,
-            before.eps,
-            loosely=self._whole,
-        )
-
-    def _run_again(self, index: int, watched: Sequence[Module] = ()) -> _Record:
-        call = self._calls[index]
-        records = []
-
-        def run(*args: Any, **kwargs: Any) -> None:
-            records.append(self._run(call, args, kwargs, watched)[1])
-
-        replace(call, forward=run).run(on_copies=True)
-        return records[0]
-
-    def _run(
-        self, call: Call, args: Any, kwargs: Any, watched: Sequence[Module]
-    ) -> tuple[Any, _Record]:
-        """Run a call on arguments that it may change, and record the inputs of the watched modules."""
+    def _record(self, watched: Sequence[Module], *args: Any, **kwargs: Any) -> Record:
         inputs: dict[Module, list[Tensor]] = {}
 
         def enter(module: Module, args: Any, kwargs: Any) -> None:
@@ -138,53 +108,22 @@ class BlockRuns:
             if tensors:
                 inputs.setdefault(module, []).append(tensors[0].clone())
 
-        buffers = () if self._whole else self._block.buffers()
-        buffers_before = [(buffer, buffer.clone()) for buffer in buffers]
-        with (
-            seeded(0, device_of(self._block)),
-            ExitStack() as hooks,
-        ):  # some models draw numbers in evaluation, too
+        # Some models draw numbers in evaluation, too.
+        with seeded(0, device_of(self.block)), ExitStack() as hooks:
             for module in watched:
                 hooks.enter_context(module.register_forward_pre_hook(enter, with_kwargs=True))
-            output = call.forward(*args, **kwargs)
+            output = self.call.forward(*args, **kwargs)
 
         results = tensors_within(output)
-        if not self._whole:
+        if not self.whole:
             # A block may pass tensors to others through an object among its arguments, or through attributes.
             results = tensors_within((output, args, kwargs))
-            for module in self._block.modules():
+            for module in self.block.modules():
                 results += [value for value in vars(module).values() if isinstance(value, Tensor)]
-        record = _Record(
-            results=[tensor.clone() for tensor in results],
-            buffers=[
-                buffer.clone() for buffer, old in buffers_before if not torch.equal(buffer, old)
-            ],
-            inputs=inputs,
-        )
-        record.eps = coarsest_eps([*record.results, *record.buffers, *chain(*inputs.values())])
-        return output, record
+        results = [tensor.clone() for tensor in results]
+        return Record(results, inputs, coarsest_eps([*results, *chain(*inputs.values())]))
 
 
 def device_of(module: Module) -> torch.device:
     """Return the device of the first parameter; the CPU for a module without parameters."""
     return next((p.device for p in module.parameters()), torch.device("cpu"))
-
-
-def _has_matrix(module: Module) -> bool:
-    return any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
-
-
-def _reads_same(layer: Layer, columns: Tensor, before: _Record, after: _Record) -> bool:
-    """Whether a layer reads the given columns of what it has read before."""
-    inputs_before = before.inputs.get(layer.module, [])
-    inputs_after = after.inputs.get(layer.module, [])
-    if len(inputs_before) != len(inputs_after):
-        return False
-    for old, new in zip(inputs_before, inputs_after, strict=True):
-        expected = layer.tokens(old)[:, columns.to(old.device)]
-        tokens = layer.tokens(new)
-        if expected.shape != tokens.shape:
-            return False
-        if not same_columns(expected, tokens, before.eps):
-            return False
-    return True

@@ -31,14 +31,16 @@ Change = tuple[Module, str, Any]  # an attribute of a module, and its new value
 Line = tuple[Module, str, int]  # a tensor of a module, and a dimension
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Slot:
     """The entries of a tensor that belong to hidden units."""
 
     module: Module
     name: str  # of the tensor
     dim: int  # along which the units lie
-    unit_index: Tensor | None = None  # as `index`; None if every entry is a unit
+    copies: int = (
+        1  # parts along `dim` with all units: a fused layer of a gated MLP writes each unit twice
+    )
 
     @property
     def tensor(self) -> Tensor:
@@ -46,29 +48,15 @@ class Slot:
         return getattr(self.module, self.name)
 
     @property
-    def index(self) -> Tensor:
-        """The positions of the units, (copies, units): a fused layer of a gated MLP writes each unit twice."""
-        if self.unit_index is None:
-            return torch.arange(self.tensor.shape[self.dim])[None]
-        return self.unit_index
-
-    @property
     def line(self) -> Line:
         """The tensor and the dimension."""
         return self.module, self.name, self.dim
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """The properties that equal slots share."""
-        if self.unit_index is None:
-            return self.line
-        return *self.line, self.unit_index.shape, self.unit_index.numpy().tobytes()
 
     def zeros(self) -> Units:
         """Return which units have only zeros here."""
         is_zero = (self.tensor == 0).movedim(self.dim, 0)
         is_zero = is_zero.reshape(len(is_zero), -1).all(dim=1)
-        return is_zero.cpu()[self.index].all(dim=0)
+        return is_zero.cpu().reshape(self.copies, -1).all(dim=0)
 
     def taken(self, units: Units) -> Tensor:
         """Return the tensor without the other units."""
@@ -82,7 +70,7 @@ class Slot:
 
     def where(self, units: Units) -> Tensor:
         """Return the positions of units."""
-        return self.index[..., units.cpu()].flatten().sort().values.to(self.tensor.device)
+        return units.cpu().repeat(self.copies).nonzero().flatten().to(self.tensor.device)
 
 
 Slots = tuple[Slot, ...]
@@ -165,7 +153,7 @@ class HiddenUnits:
             layer = whole_layer(slot.module)
             if layer is None:
                 names = _VECTORS
-            elif slot.line == columns_of(layer).line:
+            elif slot == columns_of(layer):
                 names = _INPUTS
             else:
                 names = _OUTPUTS
@@ -198,16 +186,14 @@ def _written_units(width: int, layers: Sequence[Layer]) -> Iterator[Slots]:
         yield from map(_rows, writers)
     for layer in layers:
         if layer.shape[0] == 2 * width:
-            rows = torch.arange(2 * width)
-            yield _rows(layer, rows.reshape(2, width))
-            yield _rows(layer, rows.reshape(width, 2).T)
+            yield _rows(layer, copies=2)
 
 
-def _rows(layer: Layer, unit_index: Tensor | None = None) -> Slots:
+def _rows(layer: Layer, copies: int = 1) -> Slots:
     """Return the rows of a layer, and the entries of its bias."""
-    slots = [Slot(layer.module, "weight", 0 if layer.kind.rows_first else 1, unit_index)]
+    slots = [Slot(layer.module, "weight", 0 if layer.kind.rows_first else 1, copies)]
     if isinstance(getattr(layer.module, "bias", None), Tensor):
-        slots.append(Slot(layer.module, "bias", 0, unit_index))
+        slots.append(Slot(layer.module, "bias", 0, copies))
     return tuple(slots)
 
 
@@ -238,10 +224,9 @@ def removable_units(reader: Layer, parent: Module, block: Module) -> Iterator[Hi
         layers = _whole_layers(scope, reader)
         parents = tuple(dict.fromkeys((parent, scope)))
         for slots in _removable_slots(reader, scope, layers):
-            key = tuple(slot.key for slot in slots)
-            if key in proposed:
+            if slots in proposed:
                 continue
-            proposed.add(key)
+            proposed.add(slots)
             modules = {slot.module for slot in slots}
             others = tuple(layer for layer in layers if layer.module in modules)
             yield HiddenUnits(reader, width, slots, others, parents)

@@ -6,12 +6,11 @@ the block runs again: what it computes shows which candidate is right.
 
 from contextlib import closing
 from dataclasses import replace
-from itertools import takewhile
 
 import torch
 from torch.nn import Module
 
-from wanda_lightning.calibration.lockstep import Visit, lockstep
+from wanda_lightning.calibration.lockstep import Visit, lockstep, whole_model_calls
 from wanda_lightning.common.progress import ProgressBar
 from wanda_lightning.loop.plan import Plan
 from wanda_lightning.loop.run import Run
@@ -27,19 +26,24 @@ def find_units(run: Run) -> UnitsByReader:
     """Return the hidden units that can be taken out, by the layer that reads them.
 
     One sample of all processes together runs through the dense model. Blocks that it reaches again after their visit
-    keep their units: such a call may use the block in another way.
+    keep their units: such a call may use the block in another way. A model without blocks is one block.
     """
-    blocks = run.plan.block_stops or (_one_block(run.plan),)
-    processes = run.plan.processes
+    plan = run.plan
+    processes = plan.processes
     sample = run.samples.first_sample()
     samples = [] if sample is None else [sample]
     if not any(number for (number,) in processes.all_gather([len(samples)])):
         run.samples.refuse_if_empty()
 
-    search = _UnitSearch(run.plan)
+    search = _UnitSearch(plan)
+    if not plan.block_stops:
+        calls = list(whole_model_calls(samples))
+        search.search_block(Visit(Stop("", plan.model, plan.layers), calls))
+        return search.units
+
     with (
-        ProgressBar("Finding hidden units", len(blocks), run.progress) as bar,
-        closing(lockstep(blocks, samples, processes, model=run.plan.model)) as visits,
+        ProgressBar("Finding hidden units", len(plan.block_stops), run.progress) as bar,
+        closing(lockstep(plan.block_stops, samples, processes, model=plan.model)) as visits,
     ):
         for visit in run.store.dense_visits(visits):
             bar.show(visit.stop.name)
@@ -48,7 +52,7 @@ def find_units(run: Run) -> UnitsByReader:
 
     # Only processes with samples there have seen it.
     passed = visits.passed
-    for block in blocks:
+    for block in plan.block_stops:
         if not processes.all_agree(block.name not in passed):
             for layer in block.layers:
                 search.units.pop(layer.name, None)
@@ -75,12 +79,18 @@ class _UnitSearch:
         """Find the units that layers of this block read."""
         block = visit.stop
         assert block.module is not None
-        runs = BlockRuns(block.module, visit.calls)
+        # None if another process has the sample.
+        runs = None
+        dense = None
         with self._plan.processes.fail_together():
-            for call in runs.recording():
-                call.run(on_copies=True)
+            if visit.calls:
+                runs = BlockRuns(block.module, visit.calls[0])
+                dense = runs.run(watched=list(filter(_has_matrix, block.module.modules())))
             for layer in block.layers:
                 if layer.expert is not None or layer.group is not None:
+                    continue
+                reads_alone = dense is None or dense.reads_alone(layer.module)
+                if not self._plan.processes.all_agree(reads_alone):
                     continue
                 units = self._first_right(layer, block, runs)
                 if units is not None:
@@ -88,12 +98,11 @@ class _UnitSearch:
                     self.units[layer.name] = replace(units, writers=writers)
                     self._used_lines |= units.lines
 
-    def _first_right(self, reader: Layer, block: Stop, runs: BlockRuns) -> HiddenUnits | None:
+    def _first_right(
+        self, reader: Layer, block: Stop, runs: BlockRuns | None
+    ) -> HiddenUnits | None:
         """Return the hidden units of a reader: the first candidate that is right, if any."""
         assert block.module is not None
-        if not self._plan.processes.all_agree(runs.is_empty or runs.reads_alone(reader.module)):
-            return None
-
         parent = self._modules[reader.name.rpartition(".")[0]]
         name_in_block = reader.name.removeprefix(block.name)
         key = (_likeness(block.module), name_in_block, reader.shape)
@@ -112,7 +121,7 @@ class _UnitSearch:
             self._right_candidates.setdefault(key, _NONE_IS_RIGHT)
         return None
 
-    def _is_right(self, units: HiddenUnits, runs: BlockRuns) -> bool | None:
+    def _is_right(self, units: HiddenUnits, runs: BlockRuns | None) -> bool | None:
         """Whether the block computes the same with a random half of the units at zero as without them.
 
         None if its tensors belong to other units or modules, too, or the user has skipped one of its layers; the same
@@ -131,7 +140,7 @@ class _UnitSearch:
         keep[order[: units.width // 2]] = True
         with units.restored():
             units.zero(~keep)
-            is_same = runs.is_empty or runs.same_after(lambda: units.take(keep), units, keep)
+            is_same = runs is None or runs.same_after(lambda: units.take(keep), units, keep)
             return self._plan.processes.all_agree(is_same)
 
 
@@ -147,14 +156,5 @@ def _likeness(block: Module) -> tuple[object, ...]:
     return (type(block), *shapes, *attributes)
 
 
-def _one_block(plan: Plan) -> Stop:
-    """Return the smallest module with a forward that contains all layers."""
-    modules = named_modules(plan.model)
-    paths = [layer.name.split(".")[:-1] for layer in plan.layers]
-    levels = zip(*paths, strict=False)
-    common = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, levels)]
-    # A ModuleList has no forward.
-    while common and type(modules[".".join(common)]).forward is Module.forward:
-        common.pop()
-    name = ".".join(common)
-    return Stop(name, modules[name], plan.layers)
+def _has_matrix(module: Module) -> bool:
+    return any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -121,18 +121,12 @@ def take_out_zero_units(
     with ExitStack() as undo:
         search = _EmptyUnits(model, undo)
         if search.finds_any():
-            batch = example_batch(model) if forward is None else None
-            if batch is not None:
-                forward = partial(forward_batch, model, batch)
-            if forward is None:
-                raise UserError(
-                    f"shrink compares runs of a batch, but cannot make one for a {type(model).__name__}. Give batches, "
-                    "and forward= if model(batch) is not the way to run one."
-                )
             # A batch of the caller may be large.
-            threads = nullcontext() if batch is None else one_thread()
+            threads = one_thread() if forward is None else nullcontext()
+            if forward is None:
+                forward = partial(forward_batch, model, example_batch(model))
             with threads, ProgressBar("Shrinking", len(search.blocks), progress) as bar:
-                _take_out_of_model(search, model, Sample(forward, forward), bar)
+                _take_out_of_model(search, model, forward, bar)
         undo.pop_all()
     search.result.parameters = before, number_of_parameters(model)
     return search.result
@@ -151,15 +145,20 @@ def refuse_parts_of_layers(model: nn.Module) -> None:
 
 
 def _take_out_of_model(
-    search: _EmptyUnits, model: nn.Module, sample: Sample, bar: ProgressBar
+    search: _EmptyUnits, model: nn.Module, forward: Callable[[], object], bar: ProgressBar
 ) -> None:
     """Take all empty units out, and adapt the configuration; refuse a model that then computes something else."""
+    sample = Sample(forward, forward)
     with pruning_mode(model):
-        whole = _take_out_of_blocks(search, model, sample, bar)
+        (call,) = whole_model_calls([sample])
+        whole = BlockRuns(model, call, whole=True)
+        dense = whole.run()
+        _take_out_of_blocks(search, model, sample, bar)
+        search.take_out(search.rest, whole)
 
     def is_same() -> bool:
         with pruning_mode(model):
-            return whole.same_results()
+            return whole.is_same(dense, whole.run())
 
     bar.show("whole model")
     if not is_same():
@@ -176,26 +175,23 @@ def _take_out_of_model(
 
 def _take_out_of_blocks(
     search: _EmptyUnits, model: nn.Module, sample: Sample, bar: ProgressBar
-) -> BlockRuns:
-    """Take the empty units out of each block, then out of the rest; return the runs of the whole model."""
-    whole = BlockRuns(model, [*whole_model_calls([sample])], whole=True)
-    recorded = [replace(sample, forward=call.forward) for call in whole.recording()]
+) -> None:
+    """Take the empty units out of each block that the model calls once.
 
-    # One full pass records the whole model's run and finds the blocks that it calls again. These may be used in another
-    # way then, so they belong to the rest.
-    full_pass = lockstep(search.blocks, recorded, to_end=True, model=model)
+    It may use the others in another way when it calls them again, so they belong to the rest.
+    """
+    full_pass = lockstep(search.blocks, [sample], to_end=True, model=model)
     for _ in full_pass:
         pass
     called_again = full_pass.passed
     search.blocks = [block for block in search.blocks if block.name not in called_again]
 
     with closing(lockstep(search.blocks, [sample], model=model)) as visits:
-        for block, calls in visits:
+        for block, (call,) in visits:
+            assert block.module is not None
             bar.show(block.name)
-            search.take_out(block, BlockRuns(block.module or model, calls))
+            search.take_out(block, BlockRuns(block.module, call))
             bar.advance()
-    search.take_out(search.rest, whole)
-    return whole
 
 
 class _EmptyUnits:
@@ -209,7 +205,6 @@ class _EmptyUnits:
         self.undo = undo
         self._modules = named_modules(model)
         self._tied = tied_tensors(model)
-        self._zeros: dict[tuple[object, ...], Tensor] = {}  # by slot
 
     def take_out(self, block: Stop, runs: BlockRuns) -> None:
         """Take out the units that layers of a block read and that are zero on both sides."""
@@ -246,8 +241,6 @@ class _EmptyUnits:
             tokens=0,
             note=f"{taken:,} of {units.width:,} hidden units were taken out",
         )
-        modules = {slot.module for slot in units.slots}
-        self._zeros = {key: value for key, value in self._zeros.items() if key[0] not in modules}
 
     @property
     def rest(self) -> Stop:
@@ -282,20 +275,20 @@ class _EmptyUnits:
         assert block.module is not None
         parent = self._modules[reader.name.rpartition(".")[0]]
         for units in removable_units(reader, parent, block.module):
+            *others, reader_side = units.sides
+            empty = reader_side.zeros()
+            if not empty.any():
+                return  # nor in any other candidate
             if any((slot.module, slot.name) in self._tied for slot in units.slots):
                 continue
-            zeros = []
-            for slot in units.sides:
-                if slot.key not in self._zeros:
-                    self._zeros[slot.key] = slot.zeros()
-                zeros.append(self._zeros[slot.key])
-            empty = torch.stack(zeros).all(dim=0)
+            for side in others:
+                empty &= side.zeros()
             if empty.any():
                 yield units, empty
 
 
 def example_batch(model: nn.Module) -> Any:
-    """Return a small batch for a model of transformers, timm or sentence-transformers; None for any other."""
+    """Return a small batch for a model of transformers, timm or sentence-transformers; refuse any other."""
     if reads_texts(model):
         return to_device(text_features(model, _TEXTS), device_of(model))
     config: Any = getattr(model, "config", None)
@@ -303,7 +296,10 @@ def example_batch(model: nn.Module) -> Any:
         return _transformers_batch(model, config)
     settings: Any = getattr(model, "pretrained_cfg", None)
     if not settings or not settings.get("input_size"):
-        return None
+        raise UserError(
+            f"shrink compares runs of a batch, but cannot make one for a {type(model).__name__}. Give batches, and "
+            "forward= if model(batch) is not the way to run one."
+        )
 
     channels, *size = settings["input_size"]
     size = next(_built_for(model), size)
