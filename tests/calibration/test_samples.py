@@ -149,8 +149,6 @@ def samples_of(*batches, forward=lambda batch: batch):
         ((IMAGES,), 2, False),
         ({"images": IMAGES, "targets": BOXES, "scale": 2}, 2, False),
         (COLUMNS, 3, True),
-        ((tuple(COLUMNS), torch.ones(3)), 3, True),
-        ({"x": COLUMNS[:1], "y": torch.ones(3)}, 3, True),
         (([torch.ones(3, 8), torch.ones(3, 8)],), 3, True),
     ],
 )

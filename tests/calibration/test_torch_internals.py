@@ -7,8 +7,6 @@ from support.layers import assert_same
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from wanda_lightning.calibration import interception
-from wanda_lightning.calibration.interception import WeightInterceptor
 from wanda_lightning.calibration.torch_internals import (
     active_modes,
     inside_transform,
@@ -72,12 +70,3 @@ def test_a_mode_sees_the_products_in_attention_whose_result_is_the_same():
         results = attention(*inputs)
     assert seen.count(F.linear) == 4, "torch.nn.functional has another way to look for modes"
     assert_same(results, attention(*inputs))
-
-
-def test_attention_that_hides_its_products_is_an_error(monkeypatch):
-    attention = nn.MultiheadAttention(8, 2)
-    x = torch.randn(3, 2, 8)
-    monkeypatch.setattr(interception, "visible_attention", lambda *args, **kwargs: (args[0], None))
-    interceptor = WeightInterceptor([], lambda products, multiply: multiply())
-    with pytest.raises(AssertionError, match="hides the products in its attention"), interceptor:
-        attention(x, x, x)

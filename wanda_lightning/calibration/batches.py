@@ -27,8 +27,6 @@ log = logging.getLogger(__name__)
 BatchFunction = Callable[[Any], object]
 """Runs a batch through a model."""
 
-_CHANNELS = 4  # of an image, at most
-
 
 def batch_size(batch: Any) -> int:
     """Return the number of samples in a batch.
@@ -70,21 +68,15 @@ def separable_samples(batch: Any) -> int:
 
 
 def _images(batch: Any) -> Sequence[Tensor]:
-    """Return the images of a batch for a detector, such as `(images, targets)`; none for any other batch.
-
-    They form a list of tensors (channels, height, width), and all other tensors are in lists, too.
-    """
-    entries = _entries(batch)
-    if any(isinstance(entry, Tensor) and entry.ndim for entry in entries):
-        return ()  # lists hold columns then
-    for entry in entries:
+    """Return the list of images in a batch for a detector, such as `(images, targets)`; none for any other batch."""
+    for entry in _entries(batch):
         if isinstance(entry, tuple | list) and all(map(_is_image, entry)):
             return entry
     return ()
 
 
 def _is_image(value: object) -> bool:
-    return isinstance(value, Tensor) and value.ndim == 3 and len(value) <= _CHANNELS
+    return isinstance(value, Tensor) and value.ndim == 3
 
 
 def _has_column(batch: Any) -> bool:

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import Context, copy_context
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.backends import cuda
@@ -94,7 +94,7 @@ class TorchState:
         self._inference = torch.is_inference_mode_enabled()
         self._gradients = torch.is_grad_enabled()
         self._autocast = [_present_autocast(device) for device in devices]
-        self._settings = [setting.read() for setting in _SETTINGS]
+        self._settings = [read() for read, _ in _SETTINGS]
         self._functions = active_modes()
 
     @contextmanager
@@ -108,11 +108,11 @@ class TorchState:
             stack.enter_context(torch.inference_mode(self._inference))
             stack.enter_context(torch.set_grad_enabled(self._gradients))
 
-            for setting, value in zip(_SETTINGS, self._settings, strict=True):
-                current = setting.read()
+            for (read, write), value in zip(_SETTINGS, self._settings, strict=True):
+                current = read()
                 if current != value:
-                    stack.callback(setting.write, current)
-                    setting.write(value)
+                    stack.callback(write, current)
+                    write(value)
 
             present = active_modes()
             stack.callback(set_active_modes, present)
@@ -145,19 +145,13 @@ def refuse_transforms(name: str) -> None:
         )
 
 
-class _Setting(NamedTuple):
-    """A setting of the whole process."""
-
-    read: Callable[[], Any]
-    write: Callable[[Any], object]
-
-
-_SETTINGS = (
-    _Setting(torch.get_default_dtype, torch.set_default_dtype),
-    _Setting(cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
-    _Setting(cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
-    _Setting(cuda.math_sdp_enabled, cuda.enable_math_sdp),
-    _Setting(cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
+# Functions that read and write settings of the whole process.
+_SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (cuda.flash_sdp_enabled, cuda.enable_flash_sdp),
+    (cuda.mem_efficient_sdp_enabled, cuda.enable_mem_efficient_sdp),
+    (cuda.math_sdp_enabled, cuda.enable_math_sdp),
+    (cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
 )
 
 
