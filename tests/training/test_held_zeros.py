@@ -1,7 +1,5 @@
 """`keep_zeros` in plain training loops, and in those of Fabric and accelerate."""
 
-from copy import deepcopy
-
 import pytest
 import torch
 from accelerate import Accelerator
@@ -107,49 +105,24 @@ def test_a_copy_of_another_model_is_refused():
     module = pruned_net()
     other = torch.nn.Linear(2, 2)
     dense = Net()
-    before = deepcopy(dense.state_dict())
     with keep_zeros(module) as held:
-        for model, copies, name in ((module, [dense, other], "Linear"), (other, [dense], "Net")):
+        for model, copy, name in ((module, other, "Linear"), (other, dense, "Net")):
             with refuses(f"a {name} has none of the 3 weights"):
-                held.clear_copies(model, copies)
-    assert_same(dense.state_dict(), before)
+                held.clear_copies(model, [copy])
 
 
-def linear():
+def test_a_state_of_another_model_is_refused():
+    state = {"layers": ["layers.0"], "unheld_zeros": {}}  # of a wrapped model
     model = torch.nn.Sequential(torch.nn.Linear(8, 32))
-    prune(model, method="magnitude")
-    return model
-
-
-BITS = torch.ones(3, dtype=torch.uint8)  # too few for 32 * 8 weights
-
-
-@pytest.mark.parametrize(
-    "state",
-    [
-        {"layers": ["0"], "unheld_zeros": {}, "shapes": {"0": [16, 8]}},
-        {"layers": ["layers.0"], "unheld_zeros": {}},  # of a wrapped model
-        {"layers": ["0"], "unheld_zeros": {"0": BITS}},
-        {"layers": ["0"], "unheld_zeros": {"0": torch.tensor([256])}},  # an index
-        {"layers": ["0"], "unheld_zeros": {"0": 3}},
-    ],
-)
-def test_a_state_of_another_model_is_refused(state):
-    with refuses(r"state must be of the same model, .* has no .* of the same shape"):
-        keep_zeros(linear(), state=state)
+    with refuses(r"state must be of the same model, .* has no layers\.0\. Pass"):
+        keep_zeros(model, state=state)
     assert not _global_optimizer_post_hooks
 
 
-def test_a_state_of_an_older_version_has_no_shapes():
-    with keep_zeros(linear(), state={"layers": ["0"], "unheld_zeros": {}}) as held:
-        assert held.state_dict()["layers"] == ["0"]
-
-
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_fabric(precision):
+def test_fabric():
     module = pruned_net()
     pruned = zeros(module)
-    fabric = Fabric(accelerator="cpu", precision=precision)
+    fabric = Fabric(accelerator="cpu", precision="bf16-mixed")
     model, optimizer = fabric.setup(module, ADAMW(module.parameters()))
     model.mark_forward_method("_loss")
     with keep_zeros(model, optimizer):
@@ -160,12 +133,11 @@ def test_fabric(precision):
     assert_same(zeros(module), pruned)
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_accelerate(precision):
+def test_accelerate():
     module = pruned_net()
     pruned = zeros(module)
     AcceleratorState._reset_state(reset_partial_state=True)  # it is kept for the process
-    accelerator = Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)
     model, optimizer, batches = accelerator.prepare(module, ADAMW(module.parameters()), loader(24))
     with keep_zeros(model, optimizer):
         for batch in batches:

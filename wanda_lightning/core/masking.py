@@ -63,13 +63,3 @@ def unpack(packed: Tensor, shape: Sequence[int]) -> Tensor:
     else:
         flat = torch.zeros(size, dtype=torch.bool).index_fill_(0, packed, True)
     return flat.view(tuple(shape))
-
-
-def fits(packed: object, shape: Sequence[int]) -> bool:
-    """Whether `pack` can have returned `packed` for a tensor of this shape."""
-    size = torch.Size(shape).numel()
-    if not isinstance(packed, Tensor) or packed.dim() != 1:
-        return False
-    if packed.dtype == torch.uint8:
-        return len(packed) == -(-size // 8)
-    return packed.dtype == torch.int64 and bool(((packed >= 0) & (packed < size)).all())

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
 from wanda_lightning.common.errors import UserError
-from wanda_lightning.core.masking import fits, mask_, pack, unpack
+from wanda_lightning.core.masking import mask_, pack, unpack
 from wanda_lightning.core.types import KeepMask
 from wanda_lightning.models import Layer, find_layers
 from wanda_lightning.parallel import SINGLE_PROCESS, Processes, local, reshard
@@ -76,7 +76,7 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
         self._keep: _Masks = {}
         self._loaded: State = {}  # the state for the next `hold`
         # The state at `release`.
-        self._released: State = {"layers": [], "unheld_zeros": {}, "shapes": {}}
+        self._released: State = {"layers": [], "unheld_zeros": {}}
 
     @property
     def is_holding(self) -> bool:
@@ -99,23 +99,12 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
                 stacklevel=3,
             )
         for name in names:
-            if not self._fits_loaded(name, layers.get(name)):
+            if name not in layers:
                 raise UserError(
-                    f"state must be of the same model, wrapped in the same way, but this model has no {name} of the "
-                    "same shape. Pass the model as it was when the state was saved."
+                    f"state must be of the same model, wrapped in the same way, but this model has no {name}. Pass the "
+                    "model as it was when the state was saved."
                 )
         self.hold([layers[name] for name in names])
-
-    def _fits_loaded(self, name: str, layer: Layer | None) -> bool:
-        """Return whether a layer is the one of this name in the loaded state."""
-        if layer is None:
-            return False
-        shape = [*layer.shape]
-        shapes = self._loaded.get("shapes", {})  # older versions saved none
-        unheld = self._loaded.get("unheld_zeros", {})
-        if shapes.get(name, shape) != shape:
-            return False
-        return name not in unheld or fits(unheld[name], shape)
 
     def hold(self, layers: Sequence[Layer]) -> None:
         """Hold the weights of these layers that are zero now; release all others."""
@@ -150,43 +139,35 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
                         _zero(moment, self._keep_of(weight))
 
     @torch.no_grad()
-    def clear_copies(self, model: nn.Module, copies: Iterable[object]) -> None:
-        """Zero the held zeros of a model in copies of it, or of a part of it, such as averages of its weights.
+    def clear_copies(self, model: nn.Module, copies: Iterable[nn.Module]) -> None:
+        """Zero the held zeros of a model in copies of it, such as averages of its weights.
 
-        A copy may be the attribute `module` of another object, such as an `AveragedModel`.
+        A copy may be the attribute `module` of another one, such as an `AveragedModel`.
 
         Raises:
-            ValueError: The model or a copy has none of the held weights. No copy has changed then.
+            ValueError: The model or a copy has none of the held weights.
         """
         held = {
             name: self._keep[parameter]
             for name, parameter in model.named_parameters()
             if parameter in self._keep
         }
-        for weights in [self._weights_of_copy(copy, held) for copy in copies]:
-            for name, weight in weights.items():
-                _zero(weight, held[name])
-
-    def _weights_of_copy(
-        self, copy: object, held: Mapping[str, KeepMask]
-    ) -> Mapping[str, nn.Parameter]:
-        """Return the weights of a copy, or of its attribute `module`, whose zeros are held in the original."""
-        weights: dict[str, nn.Parameter] = {}
-        # Averages such as `AveragedModel` wrap a copy. The one with more of the names is the copy itself.
-        for module in (copy, getattr(copy, "module", None)):
-            if isinstance(module, nn.Module):
-                parameters = dict(module.named_parameters())
-                common = {name: parameters[name] for name in held.keys() & parameters.keys()}
-                weights = max(weights, common, key=len)
-        if self._keep and not weights:
-            raise UserError(
-                "model must be the one whose zeros are kept, and copies must be copies or averages of it, but a "
-                f"{type(copy).__name__} has none of the {len(self._keep)} weights. Copy or average the whole model."
-            )
-        return weights
+        for copy in copies:
+            weights = {
+                name.removeprefix("module."): weight for name, weight in copy.named_parameters()
+            }
+            weights |= dict(copy.named_parameters())
+            common = held.keys() & weights.keys()
+            if self._keep and not common:
+                raise UserError(
+                    "model must be the one whose zeros are kept, and copies must be copies or averages of it, but a "
+                    f"{type(copy).__name__} has none of the {len(self._keep)} weights. Copy or average the whole model."
+                )
+            for name in common:
+                _zero(weights[name], held[name])
 
     def state_dict(self) -> State:
-        """Return what a resumed run must load, also after `release`: the layers, their shapes, and zeros that train on.
+        """Return what a resumed run must load, also after `release`: the layers, and zeros that train on.
 
         These are weights that are zero by chance, as a packed mask (`core.masking.pack`) for each layer; sharded layers
         are left out. The held zeros are in the weights.
@@ -194,20 +175,19 @@ class HeldZeros(AbstractContextManager["HeldZeros"]):
         if not self.is_holding:
             return self._loaded or self._released
         unheld = {}
-        shapes = {}
         for layer, weight in self._held_layers:
-            shapes[layer.name] = [*layer.shape]
             if isinstance(weight, DTensor):
                 continue
             zero = (layer.own(weight.detach()) == 0) & layer.own(self._keep_of(weight))
             if zero.any():
                 unheld[layer.name] = pack(zero)
-        return {"layers": [*shapes], "unheld_zeros": unheld, "shapes": shapes}
+        layers = [layer.name for layer, _ in self._held_layers]
+        return {"layers": layers, "unheld_zeros": unheld}
 
     def load_state_dict(self, state: State) -> None:
         """Hold the same zeros as an interrupted run at the next `hold_all`; only `unheld_zeros` matter to `hold`."""
         # A KeyError if it is another dictionary.
-        self._loaded = state | {"layers": state["layers"], "unheld_zeros": state["unheld_zeros"]}
+        self._loaded = {"layers": state["layers"], "unheld_zeros": state["unheld_zeros"]}
 
     def release(self) -> None:
         """Remove all hooks."""
