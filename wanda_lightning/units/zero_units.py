@@ -153,7 +153,12 @@ def _take_out_of_model(
         (call,) = whole_model_calls([sample])
         whole = BlockRuns(model, call, whole=True)
         dense = whole.run()
-        _take_out_of_blocks(search, model, sample, bar)
+        with closing(lockstep(search.blocks, [sample], model=model)) as visits:
+            for block, (call,) in visits:
+                assert block.module is not None
+                bar.show(block.name)
+                search.take_out(block, BlockRuns(block.module, call))
+                bar.advance()
         search.take_out(search.rest, whole)
 
     def is_same() -> bool:
@@ -173,36 +178,17 @@ def _take_out_of_model(
         search.undo.callback(put_back)
 
 
-def _take_out_of_blocks(
-    search: _EmptyUnits, model: nn.Module, sample: Sample, bar: ProgressBar
-) -> None:
-    """Take the empty units out of each block that the model calls once.
-
-    It may use the others in another way when it calls them again, so they belong to the rest.
-    """
-    full_pass = lockstep(search.blocks, [sample], to_end=True, model=model)
-    for _ in full_pass:
-        pass
-    called_again = full_pass.passed
-    search.blocks = [block for block in search.blocks if block.name not in called_again]
-
-    with closing(lockstep(search.blocks, [sample], model=model)) as visits:
-        for block, (call,) in visits:
-            assert block.module is not None
-            bar.show(block.name)
-            search.take_out(block, BlockRuns(block.module, call))
-            bar.advance()
-
-
 class _EmptyUnits:
     """Takes out the units of one block after the other."""
 
     def __init__(self, model: nn.Module, undo: ExitStack) -> None:
         self.result = Shrunk()
-        self._model = model
-        self._stops = find_layers(model).stops
-        self.blocks = [stop for stop in self._stops if stop.is_block]
         self.undo = undo
+        stops = find_layers(model).stops
+        self.blocks = [stop for stop in stops if stop.is_block]
+        others = [stop.layers for stop in stops if not stop.is_block]
+        # The layers outside of these blocks, with the model around them.
+        self.rest = Stop("", model, tuple(chain(*others)))
         self._modules = named_modules(model)
         self._tied = tied_tensors(model)
 
@@ -214,7 +200,18 @@ class _EmptyUnits:
                     empty[0] = False  # a layer without inputs is no layer
                 shape = reader.shape
                 if self._take_if_same(units, empty, runs):
-                    self._note_taken(reader, shape, units, empty)
+                    taken = int(empty.sum())
+                    share = taken / units.width
+                    self.result.taken += taken
+                    self.result.units += units.width
+                    self.result.layers[reader.name] = PrunedLayer(
+                        name=reader.name,
+                        shape=shape,
+                        target=share,
+                        sparsity=share,
+                        tokens=0,
+                        note=f"{taken:,} of {units.width:,} hidden units were taken out",
+                    )
                     break
 
     def _take_if_same(self, units: HiddenUnits, empty: Tensor, runs: BlockRuns) -> bool:
@@ -226,47 +223,26 @@ class _EmptyUnits:
             self.undo.enter_context(undo.pop_all())
         return True
 
-    def _note_taken(
-        self, reader: Layer, shape: tuple[int, int], units: HiddenUnits, empty: Tensor
-    ) -> None:
-        taken = int(empty.sum())
-        self.result.taken += taken
-        self.result.units += units.width
-        share = taken / units.width
-        self.result.layers[reader.name] = PrunedLayer(
-            name=reader.name,
-            shape=shape,
-            target=share,
-            sparsity=share,
-            tokens=0,
-            note=f"{taken:,} of {units.width:,} hidden units were taken out",
-        )
-
-    @property
-    def rest(self) -> Stop:
-        """The layers outside of these blocks, with the model around them."""
-        others = [stop.layers for stop in self._stops if stop not in self.blocks]
-        return Stop("", self._model, tuple(chain(*others)))
-
-    def _layers(self) -> Iterator[tuple[Layer, Stop]]:
-        """Yield all layers, each with its block."""
-        for block in (*self.blocks, self.rest):
-            for layer in block.layers:
-                yield layer, block
-
     def finds_any(self) -> bool:
         """Whether any layer has a candidate."""
-        return any(any(self._candidates(layer, block)) for layer, block in self._layers())
+        return any(self._first_candidates())
 
     def count_left(self) -> int:
         """Return how many units stay although they are zero on both sides."""
-        number = 0
-        for layer, block in self._layers():
-            if layer.name in self.result.layers:
-                continue
-            _, empty = next(self._candidates(layer, block), (None, torch.zeros(0)))
-            number += int(empty.sum())
-        return number
+        left = [
+            int(empty.sum())
+            for reader, empty in self._first_candidates()
+            if reader.name not in self.result.layers
+        ]
+        return sum(left)
+
+    def _first_candidates(self) -> Iterator[tuple[Layer, Tensor]]:
+        """Yield the layers that have candidates, each with the zero units of its first one."""
+        for block in (*self.blocks, self.rest):
+            for reader in block.layers:
+                for _, empty in self._candidates(reader, block):
+                    yield reader, empty
+                    break
 
     def _candidates(self, reader: Layer, block: Stop) -> Iterator[tuple[HiddenUnits, Tensor]]:
         """Yield candidates, and which of their units are zero on both sides."""
@@ -302,7 +278,8 @@ def example_batch(model: nn.Module) -> Any:
         )
 
     channels, *size = settings["input_size"]
-    size = next(_built_for(model), size)
+    sizes = [getattr(module, "img_size", None) for module in model.modules()]
+    size = next((built for built in sizes if isinstance(built, tuple)), size)
     # Built with `in_chans`; a multiple of the channels may be whole pixels that the model puts side by side first.
     stem = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), channels)
     return _noise(model, stem if stem % channels else channels, *size)
@@ -318,16 +295,8 @@ def _transformers_batch(model: Any, config: Any) -> dict[str, Tensor]:
     return {"pixel_values": _noise(model, getattr(config, "num_channels", 3), *size)}
 
 
-def _built_for(model: nn.Module) -> Iterator[tuple[int, ...]]:
-    """Yield the sizes of images that parts of a model of timm were built for."""
-    for module in model.modules():
-        size = getattr(module, "img_size", None)
-        if isinstance(size, tuple):
-            yield size
-
-
 def _noise(model: nn.Module, *shape: int) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2, *shape, generator=generator, dtype=torch.float32)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     return noise.to(device_of(model), dtype)
