@@ -119,12 +119,10 @@ def _fitting_class(model: Any) -> type:
     config = model.config
     if SHAPES not in vars(config):
         return family
-    if not family.__module__.startswith("transformers."):
-        return type(model)  # `refuse_unloadable` refuses to save it
-
     names = auto_classes(family, config)
-    if family.__name__ not in names.values():
-        return type(model)  # here, too
+    is_of_transformers = family.__module__.startswith("transformers.")
+    if not is_of_transformers or family.__name__ not in names.values():
+        return type(model)  # `refuse_unloadable` refuses to save it
 
     file = modeling_shrunk.__name__.rpartition(".")[2]
     config.auto_map = {

@@ -133,14 +133,11 @@ def take_units(
 
 def count_channels(model: Any, image: torch.Tensor) -> None:
     """Correct the numbers of channels in `feature_info`: units between two convolutions may be a feature."""
-    training = model.training
     parameter = next(model.parameters())
     with torch.no_grad():
         features = model.eval()(image.to(parameter.device, parameter.dtype))
-    model.train(training)
+    model.train()  # as timm creates it
 
-    if isinstance(features, dict):
-        features = features.values()
     channels_dim = -1 if str(getattr(model, "output_fmt", "")).endswith("C") else 1
     for index, feature in zip(model.feature_info.out_indices, features, strict=True):
         if feature.ndim == 4:  # tokens of a transformer keep their width

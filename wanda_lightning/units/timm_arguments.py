@@ -5,7 +5,6 @@ If no arguments give the shapes of the model, they are the shapes themselves, an
 
 import inspect
 import itertools
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -117,10 +116,9 @@ def fit_arguments(model: Any, arguments: Kwargs) -> tuple[str, Kwargs]:
 
 
 def _refuse_other_modules(model: Module, built: Module, name: str) -> None:
-    lines = itertools.zip_longest(
-        str(model).splitlines(), str(built).splitlines(), fillvalue="nothing"
-    )
-    for line, built_line in lines:
+    lines = str(model).splitlines()
+    built_lines = str(built).splitlines()
+    for line, built_line in itertools.zip_longest(lines, built_lines, fillvalue="nothing"):
         if line != built_line:
             raise UserError(
                 f"save_pretrained writes a folder that timm.create_model can build, but {name} of timm has "
@@ -144,14 +142,14 @@ def _scaled_arguments(arguments: Kwargs, sizes: Sizes) -> Iterator[Setting]:
 
 def _scaled(value: Any, ratio: float) -> Any:
     """Return a number, or the numbers in a list, times the ratio; None for anything else."""
-    if isinstance(value, list | tuple) and value:
+    if isinstance(value, list | tuple):
         scaled = [_scaled(entry, ratio) for entry in value]
         return None if None in scaled else scaled
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if type(value) not in (int, float):  # a bool is no number
         return None
 
     number = value * ratio
-    if isinstance(value, int) and abs(number - round(number)) < 1e-6:
+    if type(value) is int and abs(number - round(number)) < 1e-6:
         return round(number)
     return number
 
