@@ -8,12 +8,10 @@ from support.pairwise import spread, with_nightly
 from support.quiet import prune
 from support.refusals import refusal
 from support.samples import drawn, gradients, split
-from support.tiny import tiny
 from support.zoo import ZOO, batches_of, cast, model_of
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
-from transformers import BertConfig, BertModel
 
 from wanda_lightning import Fisher
 
@@ -91,13 +89,6 @@ def test_vectors_have_normal_directions_instead_of_labels():
     assert_close(sums["first"].inputs, (x**2).t() @ slopes.square().mean(dim=1))
 
 
-def test_a_model_without_a_head_predicts_vectors():
-    model = BertModel(tiny(BertConfig))
-    ids = torch.randint(50, (4, 8))
-    report = prune(model, [{"input_ids": ids}], 0.5, allocation="fisher")
-    assert len({layer.sparsity for layer in report.layers}) > 2
-
-
 def test_a_single_column_is_a_number_and_no_class():
     model = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 1))
     sums = gradients(model, [torch.randn(6, 5)])
@@ -156,18 +147,6 @@ def test_padding_does_not_count(name):
     batch = batches_of(name)[0]
     other = batch["input_ids"].where(batch["attention_mask"].bool(), 7)
     assert_close(measured(model, [batch]), measured(model, [batch | {"input_ids": other}]))
-
-
-def test_only_the_first_samples_go_backward():
-    batches = batches_of("llama")
-
-    def targets(batches, samples):
-        report = prune(model_of("llama"), batches, 0.5, allocation=Fisher(num_samples=samples))
-        return [layer.target for layer in report.layers]
-
-    first = targets(batches, len(batches[0]["input_ids"]))
-    assert first == targets(batches[:1], 128)
-    assert first != targets(batches, 128)
 
 
 def test_the_bar_expects_the_batches_that_go_backward(capsys):

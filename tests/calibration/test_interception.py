@@ -12,7 +12,6 @@ from support.callbacks import zeros
 from support.layers import assert_same, rng
 from support.pairwise import pairwise, with_nightly
 from support.quiet import prune
-from support.samples import samples_of
 from support.zoo import model_of
 from torch import nn
 from torch.nn import functional as F
@@ -21,10 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from wanda_lightning import OWL, Fisher, Reconstruct, SparseGPT
 from wanda_lightning.calibration.interception import WeightInterceptor, WeightMemory
-from wanda_lightning.calibration.lockstep import whole_model_calls
-from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.core.patterns import NM
-from wanda_lightning.core.statistics import SUMS
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import find_layers
 
@@ -167,30 +163,6 @@ def test_a_layer_alone_outside_of_blocks():
     model = nn.Sequential(*build(fused), Pooled(8, HEADS)).double().eval()
     report = prune(model, vectors(), 0.5)
     assert {layer.name: layer.tokens for layer in report.layers}["3.out_proj"] == 15
-
-
-@torch.no_grad()
-def inputs_of(formula):
-    """The statistics of all layers of a model, from one pass of each batch."""
-    model = build(formula)
-    (stop,) = find_layers(model, "none").stops
-    calls = whole_model_calls(samples_of(model, vectors()))
-    return Observer(frozenset(SUMS))(stop, calls).inputs
-
-
-def test_layers_that_are_called_and_read_past_count_both():
-    def twice(self, x):
-        return fused(self, x) + F.linear(2 * x, self.q.weight) + self.q(x)
-
-    inputs = inputs_of(twice)
-    assert (inputs["0.qkv"].count, inputs["0.q"].count) == (30, 60)
-    once = inputs["0.qkv"].sums["square_sum"]
-    assert torch.allclose(inputs["0.q"].sums["square_sum"], 5 * once)
-
-
-def test_layers_that_are_read_past_share_their_input():
-    inputs = inputs_of(separate_past)
-    assert inputs["0.q"].sums is inputs["0.k"].sums is inputs["0.v"].sums
 
 
 LAYER = nn.Linear(WIDTH, WIDTH)

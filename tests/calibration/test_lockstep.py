@@ -3,6 +3,7 @@
 import threading
 import traceback
 import weakref
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 
@@ -24,6 +25,7 @@ from support.layers import assert_same
 from support.quiet import prune
 from support.samples import run_of, samples_of
 from support.zoo import batches_of, model_of
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from wanda_lightning.calibration.lockstep import lockstep
@@ -150,20 +152,6 @@ def test_batches_and_models_of_inference_mode(sequential):
         assert_same(model, expected)
 
 
-def test_a_forward_of_the_instance_is_used_and_comes_back():
-    model = Chain(Mlp(), Mlp())
-    batches = vectors()
-    original = model.blocks[0].forward
-    model.blocks[0].forward = own = lambda x: 2 * original(x)
-    _, (_, calls) = travel(model, batches, model.blocks)
-    assert all(
-        torch.equal(call.args[0], 2 * through([original], x))
-        for call, x in zip(calls, batches, strict=True)
-    )
-    assert overrides(model) == ["blocks.0"]
-    assert vars(model.blocks[0])["forward"] is own
-
-
 # ---- endings
 
 
@@ -258,6 +246,14 @@ def test_what_modules_collect_in_a_context_variable_reaches_their_own_batch():
 # ---- the state of a batch is that of a plain forward pass
 
 
+@contextmanager
+def default_dtype(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
+
+
 STATES = {
     "autocast": (
         lambda dtype: torch.autocast("cpu", dtype=dtype, enabled=dtype is not None),
@@ -265,6 +261,16 @@ STATES = {
         lambda: (torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")),
     ),
     "device": (torch.device, ("cpu", "meta"), lambda: torch.empty(1).device.type),
+    "default dtype": (
+        default_dtype,
+        (torch.float32, torch.float64),
+        torch.get_default_dtype,
+    ),
+    "attention": (
+        sdpa_kernel,
+        ([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], SDPBackend.MATH),
+        torch.backends.cuda.flash_sdp_enabled,
+    ),
 }
 """By name: a context manager, two values for it, and what is current."""
 

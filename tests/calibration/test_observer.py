@@ -9,7 +9,7 @@ from support.chains import Chain, Mlp, travel, vectors
 from support.layers import assert_same
 from support.pairwise import spread, with_nightly
 from support.quiet import prune
-from support.samples import calls_of, run_of
+from support.samples import run_of
 from support.zoo import ZOO, batches_of, model_of, seeded
 from torch import nn
 from torch.testing import assert_close
@@ -158,21 +158,6 @@ def test_inputs_that_are_never_active_go_first(name, pattern):
     if name != "owl":
         assert kept.float().mean() == 0.5
     assert report.layers[1].note.startswith("6 inputs never active")
-
-
-def test_inactive_inputs_are_counted_over_all_batches():
-    model = build()
-    calls = calls_of(model, LAYERS, vectors())
-    report = prune(model, vectors(), skip=["head"], sequential="none")
-    inactive = {
-        name: int((torch.cat([x.flatten(0, 1) for (x,) in calls[name]]) == 0).all(dim=0).sum())
-        for name in LAYERS
-    }
-    assert inactive["blocks.0.down"] == 6
-    notes = {
-        name: f"{count} inputs never active" if count else "" for name, count in inactive.items()
-    }
-    assert {layer.name: layer.note for layer in report.layers} == notes
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ from support.layers import assert_same
 from support.tiny import on_meta
 from support.zoo import model_of
 from torch import nn
-from transformers import PreTrainedModel, Qwen3MoeForCausalLM
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers import PreTrainedModel
 
 from wanda_lightning.calibration.pruning_mode import calibration_mode
 from wanda_lightning.common.evaluation_mode import evaluating
@@ -105,29 +104,3 @@ def test_key_value_caches_are_off():
     with calibration_mode(model):
         assert model(torch.ones(1, 2, dtype=torch.long)).past_key_values is None
     assert model(torch.ones(1, 2, dtype=torch.long)).past_key_values is not None
-
-
-class Subclass(Qwen3MoeForCausalLM):
-    """A class of a user, in whose file transformers does not find any experts."""
-
-
-@pytest.mark.parametrize("model_class", [Qwen3MoeForCausalLM, Subclass])
-def test_experts_are_multiplied_one_at_a_time(model_class, monkeypatch):
-    at_once = []
-
-    def multiply_at_once(experts, tokens, *routing):
-        at_once.append(experts)
-        return tokens
-
-    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, "at_once", multiply_at_once)
-    model = model_class(model_of("qwen3_moe").config)
-    model.set_experts_implementation("at_once")
-    ids = torch.ones(1, 2, dtype=torch.long)
-    with calibration_mode(model):
-        model(ids)
-    assert not at_once, (
-        "set_experts_implementation('eager') of transformers does not select the loop over experts any more, in which "
-        "products with the weights of experts are seen"
-    )
-    model(ids)
-    assert at_once

@@ -1,7 +1,5 @@
 """Calibration batches as forward passes: which are refused, and what an error in one says."""
 
-from functools import partial
-
 import pytest
 import torch
 from support.chains import Chain, Mlp
@@ -164,14 +162,6 @@ def fails(batch):
     raise RuntimeError
 
 
-ATTENTION = nn.MultiheadAttention(8, 2).eval()
-
-
-def over_time(hidden, x):
-    """Attention of (time, samples, features); `hidden` gives the time steps that each step does not see."""
-    return ATTENTION(x, x, x, attn_mask=hidden(torch.ones(len(x), len(x), dtype=torch.bool)))[0]
-
-
 X3 = torch.randn(3, 4, 8, generator=rng())
 
 
@@ -180,9 +170,6 @@ ALONE = (torch.relu, lambda x: x.flatten(0, 1), lambda x: x * torch.nan, torch.s
 TOGETHER = (
     lambda x: x.flip(0).cumsum(0),
     lambda x: x.mean(0),
-    partial(over_time, torch.logical_not),
-    partial(over_time, lambda every: every.triu(1)),
-    partial(over_time, lambda every: every.tril(-1)),
 )
 
 

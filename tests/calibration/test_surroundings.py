@@ -1,22 +1,19 @@
 """What surrounds the blocks of a model is kept apart for each batch; what it keeps elsewhere is noticed."""
 
-import contextlib
 import logging
 from contextvars import ContextVar
 from functools import partial
-from itertools import cycle, islice, product
+from itertools import cycle, product
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support.callbacks import zeros
-from support.chains import through
 from support.layers import assert_same, rng
 from support.pairwise import with_nightly
 from support.quiet import prune, shrinks, zero_units
 from support.refusals import refusal
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 WIDTH = 16
@@ -160,16 +157,6 @@ def with_attribute(model, x):
     return in_order(model, x)
 
 
-def with_helper(model, x):
-    model.helper(x)
-    return in_order(model, x)
-
-
-def with_attribute_in_a_loop(model, x):
-    set_attribute(model, x)
-    return through((*model.blocks[:2], *model.blocks), x)
-
-
 MODELS = {
     "writes into its batch": ([writing], [not_writing]),
     "variable of a block": (
@@ -233,8 +220,6 @@ def with_dictionary(model, x):
 
 STATEFUL = {
     "attribute": [with_attribute, lambda model, x: model.scale],
-    "helper": [with_helper, lambda model, x: model.helper.scale],
-    "loop": [with_attribute_in_a_loop, lambda model, x: model.scale],
     "buffer written in place": [with_buffer, lambda model, x: model.helper.scale],
     "dictionary": [with_dictionary, lambda model, x: KEPT["scales"][0]],
 }
@@ -326,60 +311,18 @@ def test_gradients_inside_of_a_forward(sequential):
     assert not report.notes
 
 
-TRANSFORMS = {
-    "vmap": lambda function, x: torch.func.vmap(function)(x),
-    "grad": lambda function, x: torch.func.grad(lambda y: function(y).sum())(x),
-}
-
-
-@pytest.mark.parametrize("choices", ["none", "layer", "block", "best"])
-@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize(
+    ("transform", "choices"),
+    [("vmap", "none"), ("vmap", "layer"), ("vmap", "block"), ("grad", "layer"), ("grad", "best")],
+)
 def test_a_transform_around_the_blocks_is_refused_where_it_cannot_work(transform, choices):
     """A batch cannot leave a transform of torch.func for others, and nothing can be read from a tensor of `vmap`."""
-    model = Net(lambda model, x: TRANSFORMS[transform](partial(in_order, model), x))
-    if choices == "none" and transform != "vmap":
-        twin = Net(lambda model, x: in_order(model, x))
-        prune(model, batches(), skip=["head"], **CHOICES[choices])
-        prune(twin, batches(), skip=["head"], **CHOICES[choices])
-        assert_same(model, twin)
-        return
-    message = refusal(model, batches(), **CHOICES[choices])
-    assert "torch.func" in message
-    assert "skip=" in message
-
-
-# ---- settings of the process, which nest in the order in which batches enter them
-
-
-@contextlib.contextmanager
-def default_dtype():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-SETTINGS = {
-    "sdpa_kernel": (partial(sdpa_kernel, SDPBackend.MATH), torch.backends.cuda.flash_sdp_enabled),
-    "default dtype": (default_dtype, torch.get_default_dtype),
-}
-
-
-@pytest.mark.parametrize("sequential", ["layer", "block"])
-@pytest.mark.parametrize("runs", [[3], [1, 1, 1], [2]])
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_a_setting_of_the_process_is_as_before_afterwards(setting, runs, sequential):
-    enter, current = SETTINGS[setting]
 
     def run(model, x):
-        remaining = iter(model.blocks)
-        for count in runs:
-            with enter():
-                x = through(islice(remaining, count), x)
-        return through(remaining, x)
+        if transform == "vmap":
+            return torch.func.vmap(partial(in_order, model))(x)
+        return torch.func.grad(lambda y: in_order(model, y).sum())(x)
 
-    before = current()
-    prune(Net(run), batches(), sequential=sequential)
-    assert current() == before
+    message = refusal(Net(run), batches(), **CHOICES[choices])
+    assert "torch.func" in message
+    assert "skip=" in message

@@ -17,7 +17,6 @@ from support.zoo import ZOO, batches_of, model_of
 from wanda_lightning import NM, prune_from_disk
 from wanda_lightning.common.evaluation_mode import seeded
 from wanda_lightning.core import Unstructured
-from wanda_lightning.methods import METHODS, PRESETS, SEQUENTIAL_CHOICES
 from wanda_lightning.streaming import perplexity_from_disk
 
 # Of few tokens; and PyTorch's, that the device has no fused kernels.
@@ -54,19 +53,20 @@ def test_random_numbers_of_other_devices_are_not_seeded(monkeypatch, device):
     assert seeds == ([] if device == "cpu" else [3])
 
 
-@pytest.mark.parametrize("method", [*METHODS, *PRESETS])
+@pytest.mark.parametrize("method", ["wanda", "ria", "sparsegpt", "refit", "thorough"])
 def test_methods(on_both, method):
     on_both("llama", method=method)
 
 
-@pytest.mark.parametrize("specimen", ["vit", "convnext"])
-@pytest.mark.parametrize("method", ["best", "ria"])
+@pytest.mark.parametrize(("specimen", "method"), [("vit", "best"), ("convnext", "ria")])
 def test_images(on_both, specimen, method):
     on_both(specimen, method=method)
 
 
-@pytest.mark.parametrize("specimen", ["llama_left_padded", "mixtral_padded"])
-@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
+@pytest.mark.parametrize(
+    ("specimen", "sequential"),
+    [("llama_left_padded", "layer"), ("mixtral_padded", "block"), ("mixtral_padded", "none")],
+)
 def test_padding(on_both, specimen, sequential):
     on_both(specimen, sequential=sequential)
 
@@ -144,7 +144,6 @@ def spread(model):
 
 CASES = {
     "wanda": {"method": "wanda"},
-    "owl": {"method": "balanced", "allocation": "owl"},
     "best": {"method": "best", "pattern": "2:4"},
     "units": {"units": 0.5},
 }
@@ -157,20 +156,6 @@ def test_a_model_on_two_devices(choices):
         (shrink if shrinks(choices) else prune)(model, batches_of("llama"), **choices)
     assert_equal(*models)
     assert len({parameter.device for parameter in models[1].parameters()}) == 2
-
-
-def test_errors_say_where_an_activation_is_not_finite():
-    messages = []
-    for device in DEVICES:
-        model = model_of("llama_left_padded").to(device)
-        with torch.no_grad():
-            model.model.layers[0].self_attn.v_proj.weight[3].mul_(1e30)
-        with pytest.raises(
-            ValueError, match=r"o_proj holds NaN or infinity.* in calibration batch"
-        ) as caught:
-            prune(model, batches_of("llama_left_padded"))
-        messages.append(str(caught.value))
-    assert messages[0] == messages[1]
 
 
 @pytest.fixture(scope="module")

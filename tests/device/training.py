@@ -136,7 +136,6 @@ def trainers(callbacks, **options):
 
 FITS = {
     "wanda": lambda: [WandaPrune(num_samples=12), KeepZeros()],
-    "best": lambda: [PruningCallback(num_samples=12, method="best")],
     "thorough": lambda: [PruningCallback(num_samples=12, method="thorough")],
     "schedule": lambda: [WandaPrune(num_samples=12, schedule=CubicSchedule(2, 8, 2))],
     "distillation": lambda: [WandaPrune(num_samples=12), DistillFromDense()],

@@ -109,10 +109,8 @@ class TorchState:
             stack.enter_context(torch.set_grad_enabled(self._gradients))
 
             for (read, write), value in zip(_SETTINGS, self._settings, strict=True):
-                current = read()
-                if current != value:
-                    stack.callback(write, current)
-                    write(value)
+                stack.callback(write, read())
+                write(value)
 
             present = active_modes()
             stack.callback(set_active_modes, present)

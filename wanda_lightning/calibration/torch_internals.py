@@ -1,7 +1,4 @@
-"""The private names of PyTorch that calibration needs, where it has no public ones.
-
-`tests/calibration/test_torch_internals.py` names what a release of PyTorch has changed.
-"""
+"""The private names of PyTorch that calibration needs, where it has no public ones."""
 
 from collections.abc import Sequence
 from types import FunctionType
