@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -76,37 +76,31 @@ class ShrinkConfig:
         check_values(("equal", "loss", "seconds"), by=self.by)
         check_values(COUNT, multiple_of=self.multiple_of)
         check_flags(refit=self.refit)
-        of_units = {"by": "equal", "refit": True, "multiple_of": 8, "recovery": None}
-        of_both = {"sequential": "auto", "skip": (), "only": (), "keep_batch_norm": False}
-        experts = self.experts or self.max_size
-        self._refuse_ignored("units", self.units, of_units)
-        self._refuse_ignored("units", self.units or experts, of_both)
+        if not self.units:
+            self._refuse_ignored({"by", "refit", "multiple_of", "recovery"})
+        if not (self.units or self.experts or self.max_size):
+            self._refuse_ignored({"sequential", "skip", "only", "keep_batch_norm"})
         if self.experts and self.max_size:
             raise UserError(
                 f"max_size={self.max_size} chooses how many experts leave. Leave experts out."
             )
         _ = self.parts  # which raises the errors of its choices
 
-    def _refuse_ignored(self, amount: str, value: object, defaults: Mapping[str, object]) -> None:
-        """Refuse choices that nothing reads without this amount."""
-        for option, default in defaults.items():
-            given = getattr(self, option)
+    def _refuse_ignored(self, options: Collection[str]) -> None:
+        """Refuse choices that nothing reads without `units`."""
+        for option in fields(self):
+            value = getattr(self, option.name)
             # An empty list is no choice, either.
-            if not value and given != default and (given or default):
+            is_chosen = value != option.default and (value or option.default)
+            if option.name in options and is_chosen:
                 raise UserError(
-                    f"{option}={given!r} would be ignored without {amount}. Give {amount}=0.5, for example, or leave "
-                    f"{option} out."
+                    f"{option.name}={value!r} would be ignored without units. Give units=0.5, for example, or leave "
+                    f"{option.name} out."
                 )
 
     @cached_property
     def parts(self) -> tuple[PruningConfig, ...]:
-        """The choices of what leaves, in order; empty if nothing but zero units leaves.
-
-        Layers, once they can leave, come first.
-        """
-        return tuple(self._parts())
-
-    def _parts(self) -> Iterator[PruningConfig]:
+        """The choices of what leaves, in order; empty if nothing but zero units leaves."""
         from wanda_lightning.core import Experts, Structured
 
         allocation: Any = methods.ALLOCATIONS["uniform"]()
@@ -120,8 +114,9 @@ class ShrinkConfig:
             "only": self.only,
             "keep_batch_norm": self.keep_batch_norm,
         }
+        parts = []
         if self.units is not None:
-            yield PruningConfig(
+            part = PruningConfig(
                 self.units,
                 pattern=Structured(self.multiple_of),
                 allocation=allocation,
@@ -129,6 +124,8 @@ class ShrinkConfig:
                 recovery=self.recovery,
                 **shared,
             )
+            parts.append(part)
         if self.experts or self.max_size:
             # The model decides how many experts fit.
-            yield PruningConfig(self.experts or 0.5, pattern=Experts(), **shared)
+            parts.append(PruningConfig(self.experts or 0.5, pattern=Experts(), **shared))
+        return tuple(parts)

@@ -175,18 +175,17 @@ def _prune_group(
     run: Run, layers: Sequence[Layer], inputs: InputStatistics, observation: Observation
 ) -> Iterator[PrunedLayer]:
     """Solve layers that share one input, and write their weights."""
-    biases = {
-        layer.name: bias for layer in layers if (bias := run.plan.fitted_bias(layer)) is not None
-    }
+    fits_bias = run.plan.fitted_bias(layers[0]) is not None  # then, or else, of all of them
     # The autocast of a mixed-precision Trainer would round the statistics.
     with torch.autocast(layers[0].weight.device.type, enabled=False):
-        fitted_inputs = inputs.centered() if biases else inputs
+        fitted_inputs = inputs.centered() if fits_bias else inputs
         solved_layers = _solve(run, layers, fitted_inputs)
 
     for solved in solved_layers:
         record = _record(run, solved, inputs, fitted_inputs, observation)
-        if solved.layer.name in biases:
-            _keep_output_means(biases[solved.layer.name], solved, fitted_inputs)
+        bias = run.plan.fitted_bias(solved.layer)
+        if bias is not None:
+            _keep_output_means(bias, solved, fitted_inputs)
         solved.layer.write(solved.sparse)
         yield record
 

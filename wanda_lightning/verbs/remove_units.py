@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from wanda_lightning.calibration.observer import Observation, Observer
+from wanda_lightning.calibration.observer import Observer
 from wanda_lightning.calibration.pruning_mode import pruning_mode
 from wanda_lightning.common.errors import UserError
 from wanda_lightning.core.allocation import Sparsities, UnitLayer
@@ -31,7 +31,6 @@ from wanda_lightning.models import (
     SkippedMatrices,
     SkippedMatrix,
     SkipReason,
-    Stop,
 )
 from wanda_lightning.report import PrunedLayer, PruningReport
 from wanda_lightning.units.candidates import UnitsByReader
@@ -53,7 +52,8 @@ def remove_units(run: Run) -> PruningReport:
     recovery = start_recovery(run, all_layers)
     with pruning(run):
         observer = Observer(run.plan.observed, run.plan.processes)
-        visit_stops(run, observer, partial(_prune_stop, found))
+        zero_units = partial(_zero_units, found, run)
+        visit_stops(run, observer, partial(prune_stop, after_write=zero_units))
         run.store.finish(run)
     run = correct_batch_norm(run, batch_norm)
     run = recover(run, recovery)
@@ -97,7 +97,8 @@ class FoundUnits:
         for name, units in self.units.items():
             gradients = dense.gradients.get(name)
             scores = None if gradients is None else gradients.units
-            cost = self.cost_of({name: 1})
+            # A layer that the measured batch did not reach has none.
+            cost = self.costs.get(name, 0.0) if self.costs else 1.0
             is_measured = scores is not None or not allocation.reads_gradients
             if is_measured and cost:
                 kind = re.sub(r"\d+", "*", name)
@@ -120,14 +121,8 @@ class FoundUnits:
         return replace(_structured(plan), columns=self.units[layer.name].columns_per_unit)
 
     def cost_of(self, numbers: Mapping[str, int]) -> float:
-        """Return what numbers of units cost, by reader; 0 for layers that the measured batch did not reach."""
-        if not self.costs:
-            return float(sum(numbers.values()))
+        """Return what numbers of units cost, by reader."""
         return sum(number * self.costs.get(name, 0.0) for name, number in numbers.items())
-
-
-def _prune_stop(found: FoundUnits, run: Run, stop: Stop, observation: Observation) -> None:
-    prune_stop(run, stop, observation, after_write=partial(_zero_units, found, run))
 
 
 def _zero_units(found: FoundUnits, run: Run, record: PrunedLayer) -> None:
@@ -160,14 +155,15 @@ def _zero_units(found: FoundUnits, run: Run, record: PrunedLayer) -> None:
 
 
 def _left_dense(run: Run, units: UnitsByReader) -> SkippedMatrices:
-    """Return the layers that stayed dense, with what writes the hidden units that they read, in model order."""
-    dense = left_dense(run)
-    for reader in [name for name in units if name in dense]:
+    """Return the layers that stayed dense, with what writes the hidden units that they read."""
+    readers = left_dense(run)
+    dense = dict(readers)
+    for reader, skipped in readers.items():
         for writer in units[reader].writers:
-            skipped = replace(dense[reader], name=writer.name, shape=writer.stored_shape)
-            dense.setdefault(writer.name, skipped)
-    names = run.plan.inventory.blocks
-    return {name: dense[name] for name in names if name in dense and name not in run.done.layers}
+            if writer.name not in run.done.layers:
+                copy = replace(skipped, name=writer.name, shape=writer.stored_shape)
+                dense.setdefault(writer.name, copy)
+    return dense
 
 
 def _notes(run: Run, found: FoundUnits) -> Iterator[Note]:
