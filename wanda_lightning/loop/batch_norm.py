@@ -4,13 +4,11 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import repeat
-from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Module
-from torch.nn.parameter import UninitializedBuffer
 
 from wanda_lightning.calibration.error_notes import note_on_error
 from wanda_lightning.calibration.interception import input_of
@@ -28,7 +26,7 @@ _OPTION = (
     "The batches ran for BatchNorm layers: keep_batch_norm=True leaves their statistics alone."
 )
 
-# Index of the layer, number of its earlier calls, its input.
+# Index of the layer, number of its calls, its input.
 _OnInput = Callable[[int, int, Tensor], None]
 
 
@@ -80,7 +78,10 @@ class BatchNormStatistics:
         self._samples = samples
         self._processes = samples.processes
         self._original = [_moments_of(layer) for layer in layers]
-        self._dense_sums: list[list[Tensor]] = [[] for _ in layers]  # after each call
+        # The sums before the first call, and after each.
+        self._dense_sums = [
+            [torch.zeros(3, len(moments.mean), dtype=torch.float64)] for moments in self._original
+        ]
         self._batches: list[_UsedBatch] = []
         # Samples that the correction does not see, and what the dense model predicts for them.
         self._held_out: dict[Sample, _Predictions] = {}
@@ -138,26 +139,22 @@ class BatchNormStatistics:
     def _add_dense(self, index: int, call: int, inputs: Tensor) -> None:
         """Add the inputs of a layer of the dense model."""
         sums = self._dense_sums[index]
-        sums.append(_sums(inputs) + (sums[-1] if sums else 0))
+        sums.append(sums[-1] + _sums(inputs))
 
     def _correct(self) -> int:
         """Correct the statistics batch by batch, then by all batches of all processes; return how many layers."""
-        pruned_sums = [self._no_sums(index) for index in range(len(self.layers))]
+        pruned_sums = [torch.zeros_like(sums[0]) for sums in self._dense_sums]
 
         def correct_so_far(index: int, call: int, inputs: Tensor) -> None:
             pruned_sums[index] += _sums(inputs)
-            dense_sums = self._dense_sums[index]
-            if dense_sums:
-                same_calls = dense_sums[min(call, len(dense_sums) - 1)]
-                self._set(index, _moved(self._original[index], same_calls, pruned_sums[index]))
+            calls = self._dense_sums[index]
+            same_calls = calls[min(call, len(calls) - 1)]
+            self._set(index, _moved(self._original[index], same_calls, pruned_sums[index]))
 
         with self._processes.fail_together():
             self._run(correct_so_far)
 
-        dense_totals = [
-            sums[-1] if sums else self._no_sums(index)
-            for index, sums in enumerate(self._dense_sums)
-        ]
+        dense_totals = [sums[-1] for sums in self._dense_sums]
         self._processes.all_reduce_sum([*dense_totals, *pruned_sums])
         corrected = 0
         for index, (dense, pruned) in enumerate(zip(dense_totals, pruned_sums, strict=True)):
@@ -175,8 +172,8 @@ class BatchNormStatistics:
         def hook(index: int, module: Module, args: Any, kwargs: Any) -> None:
             inputs = input_of(args, kwargs)
             # Held-out samples come last. A layer may get several rows for each sample.
-            on_input(index, calls[index], inputs[: len(inputs) * used // size])
             calls[index] += 1
+            on_input(index, calls[index], inputs[: len(inputs) * used // size])
 
         with ExitStack() as hooks:
             for index, layer in enumerate(self.layers):
@@ -186,9 +183,6 @@ class BatchNormStatistics:
                 used = batch.used
                 size = max(1, batch.batch.size)  # a batch may be empty
                 batch.batch.forward()
-
-    def _no_sums(self, index: int) -> Tensor:
-        return torch.zeros(3, len(self._original[index].mean), dtype=torch.float64)
 
     def _mean_distance(self) -> float | None:
         """Return the mean distance of the held-out predictions from the dense ones; None if none are held out."""
@@ -214,13 +208,11 @@ def batch_norm_layers(model: Module) -> list[Module]:
 
     The frozen ones of detectors, which are classes of their own in every library, normalize by them in training, too.
     """
-    missing = (NoneType, UninitializedBuffer)
     layers = []
     for module in model.modules():
         is_frozen = "FrozenBatchNorm" in type(module).__name__
-        if not (is_frozen or isinstance(module, _BATCH_NORMS)):
-            continue
-        if not isinstance(module.running_mean, missing):
+        is_batch_norm = is_frozen or isinstance(module, _BATCH_NORMS)
+        if is_batch_norm and module.running_mean is not None:
             layers.append(module)
     return layers
 

@@ -1,7 +1,6 @@
 """Make the report of a pruning run, with a note for each thing that a user should know."""
 
 import logging
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
@@ -38,7 +37,6 @@ def make_report(
         settings: Further entries for the configuration in the report.
         rare_experts: What got few tokens, in the singular, and what follows for it.
     """
-    started = time.perf_counter()
     plan = run.plan
     pruned = run.done.layers
     if not pruned and plan.config.sparsity > 0:
@@ -50,7 +48,7 @@ def make_report(
         )
 
     all_notes = [
-        *_on_fallback(run),
+        *([Note(run.fallback)] if run.fallback else []),
         *_on_layers(run, dense, rare_experts),
         *filter(None, (unfit_layers(plan.inventory), coverage)),
         *_on_targets(run),
@@ -68,8 +66,8 @@ def make_report(
         "calibration_batches": run.samples.total,
         **settings,
     }
-    parameters, zeros = count_parameters(plan.model)
-    run.clock["report"] = time.perf_counter() - started
+    with run.clock.timed("report"):
+        parameters, zeros = count_parameters(plan.model)
     return PruningReport(
         layers=tuple(pruned[name] for name in plan.inventory.blocks if name in pruned),
         skipped=(*plan.inventory.skipped, *dense.values()),
@@ -91,11 +89,6 @@ def left_dense(run: Run) -> dict[str, SkippedMatrix]:
         for layer in run.plan.layers
         if layer.name not in done.layers
     }
-
-
-def _on_fallback(run: Run) -> Iterator[Note]:
-    if run.fallback:
-        yield Note(run.fallback)
 
 
 _LEFT_DENSE = (

@@ -228,26 +228,18 @@ def refuse_unprunable(layers: Iterable[Layer]) -> None:
     """Refuse weights without values, weights that cannot be written, NaN and infinity."""
     for layer in layers:
         refuse_no_values(layer)
-        problem = _why_unprunable(layer)
-        if problem:
-            raise UserError(
-                f"model must have finite weights that can be written, but {layer.name} {problem}"
+        if layer.parameter.is_inference():
+            problem = (
+                "was created under torch.inference_mode() and cannot change. Build or load the model "
+                "outside of it."
             )
-
-
-def _why_unprunable(layer: Layer) -> str:
-    """Return why a weight cannot be pruned, and what to do; empty if it can be."""
-    stored = layer.parameter
-    if stored.is_inference():
-        return "was created under torch.inference_mode() and cannot change. Build or load the model outside of it."
-
-    dimensions = zip(stored.stride(), stored.shape, strict=True)
-    if any(step == 0 and size > 1 for step, size in dimensions):
-        return "was made by expand() and repeats the same numbers. Replace it by nn.Parameter(weight.clone())."
-
-    if not all_finite(layer.weight):
-        return (
-            "has weights that are NaN or infinite. Check the checkpoint. If its weights overflowed in the "
-            "conversion to float16, load it in float32 or bfloat16."
+        elif not all_finite(layer.weight):
+            problem = (
+                "has weights that are NaN or infinite. Check the checkpoint. If its weights overflowed in the "
+                "conversion to float16, load it in float32 or bfloat16."
+            )
+        else:
+            continue
+        raise UserError(
+            f"model must have finite weights that can be written, but {layer.name} {problem}"
         )
-    return ""

@@ -161,15 +161,9 @@ def allocate(
     """
     config = run.plan.config
     observer = Observer(run.plan.observed, run.plan.processes)
-    if run.plan.is_one_pass and not config.reads_gradients:
-        # The sparsities follow from the one pass that observes all layers.
+    if not config.reads_gradients:
+        # The sparsities follow from the pass that observes all layers, if there is one.
         run = observe_in_one_pass(run, observer)
-        assert run.observation is not None
-        dense = DenseStatistics(run.observation.inputs)
-        with run.clock.timed("prune"), pruning_mode(run.plan.model):
-            resumed = _resumed(run, pattern_for)
-            return resumed or with_sparsities(run, dense, choose, pattern_for)
-
     is_reported = config.allocation.needs or config.reads_gradients
     with run.clock.timed("allocate", is_reported=is_reported):
         resumed = _resumed(run, pattern_for)
@@ -183,7 +177,7 @@ def allocate(
 
 def observe_in_one_pass(run: Run, observer: StopObserver) -> Run:
     """Return the run with what all stops are pruned with, unless each stop is observed when it is reached."""
-    if not run.plan.is_one_pass:
+    if not run.plan.is_one_pass or run.observation:
         return run
     with (
         run.clock.timed("prune"),
@@ -209,7 +203,9 @@ def _observe_dense_model(run: Run, unit_columns: Mapping[str, int]) -> DenseStat
     config = plan.config
     inputs: Inputs = {}
     gradients: Mapping[str, GradientStatistics] = {}
-    if config.allocation.needs:
+    if run.observation:
+        inputs = run.observation.inputs
+    elif config.allocation.needs:
         observer = Observer(config.allocation.needs, plan.processes)
         with pruning_mode(plan.model), ProgressBar("Observing", None, run.progress) as bar:
             inputs = run.store.observe_dense(run, observer, bar).inputs
@@ -309,8 +305,7 @@ def visit_stops(
     `restore` gives layers the shapes that they have after pruning, if an interrupted run has written them.
     """
     plan = run.plan
-    if run.observation is None:
-        run = observe_in_one_pass(run, observer)
+    run = observe_in_one_pass(run, observer)
     observation = run.observation if plan.observed else Observation()
     with (
         ProgressBar("Pruning", None, run.progress) as bar,
