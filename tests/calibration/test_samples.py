@@ -64,12 +64,6 @@ def test_batches_that_say_nothing_of_the_layers_are_refused(batches, choices, me
     assert message in refusal(model, batches, sequential=sequential, **choices)
 
 
-@pytest.mark.parametrize("sequential", SEQUENTIAL_CHOICES)
-def test_a_batch_that_is_no_tensor_for_the_first_layer(sequential):
-    with pytest.raises((ValueError, TypeError), match=r"one got a tuple|must be Tensor, not tuple"):
-        prune(mlp(), [((X8,),)], sequential=sequential)
-
-
 def explode(module, args):
     if len(args[0]) == 3:
         raise RuntimeError("three is too many")

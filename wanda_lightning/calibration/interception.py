@@ -22,7 +22,6 @@ from torch.overrides import TorchFunctionMode
 
 from wanda_lightning.calibration.pruning_mode import patched
 from wanda_lightning.calibration.torch_internals import is_transformed, visible_attention
-from wanda_lightning.common.errors import UserError
 from wanda_lightning.common.grouping import grouped
 from wanda_lightning.core.placeholders import is_unloaded
 from wanda_lightning.models import Layer
@@ -205,13 +204,8 @@ def intercept(layers: Sequence[Layer], on_product: OnProduct) -> Iterator[None]:
 
 def input_of(args: Any, kwargs: Any) -> Tensor:
     """Return the input that a layer was called with, by position or by any keyword."""
-    value = args[0] if args else next(iter(kwargs.values()))
-    if not isinstance(value, Tensor):
-        raise UserError(
-            f"batches must reach every layer as tensors, but one got a {type(value).__name__}. Give batches as the "
-            "model's forward takes them, or give forward=."
-        )
-    return value
+    tokens: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return tokens
 
 
 class _Stack(NamedTuple):

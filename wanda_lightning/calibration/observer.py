@@ -144,8 +144,7 @@ class Observer(StopObserver):
         If they are the inputs of the last such stop in all processes, its statistics are returned: q, k and v share one
         sum over the processes, and one factorization.
         """
-        with self.processes.fail_together():
-            inputs = [input_of(call.args, call.kwargs) for call in calls]
+        inputs = [input_of(call.args, call.kwargs) for call in calls]
         last = self._last_layer
         has_same = last.has_inputs(stop.layers, inputs)
         if self.processes.all_agree(has_same) and last.observation.inputs:
