@@ -27,7 +27,6 @@ from wanda_lightning.calibration.interception import Multiply, Product, WeightIn
 from wanda_lightning.calibration.pruning_mode import patched
 from wanda_lightning.calibration.samples import Sample
 from wanda_lightning.calibration.surroundings import Surroundings, TorchState, refuse_transforms
-from wanda_lightning.calibration.torch_internals import COMPILED_CALL
 from wanda_lightning.calibration.trees import clone_arguments
 from wanda_lightning.common.aliases import Action, Forward, Kwargs
 from wanda_lightning.models import Stop, head_within
@@ -208,11 +207,8 @@ def _parking(stops: Sequence[Stop]) -> Iterator[None]:
         for index, stop in enumerate(stops):
             module = stop.module
             assert module is not None
-            # It would bypass the forward.
-            restored.enter_context(patched(module, COMPILED_CALL, None))
-            restored.enter_context(
-                patched(module, "forward", partial(_park, index, module.forward))
-            )
+            park = partial(_park, index, module.forward)
+            restored.enter_context(patched(module, "forward", park))
         yield
 
 

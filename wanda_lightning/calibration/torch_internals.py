@@ -9,13 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, overrides
 from torch.nn import Module
 
-# Where `Module.compile` keeps the code that a call runs instead of `forward`.
-COMPILED_CALL = "_compiled_call_impl"
-
 
 def is_compiled(module: Module) -> bool:
     """Return whether `Module.compile` was called."""
-    return getattr(module, COMPILED_CALL) is not None
+    return module._compiled_call_impl is not None
 
 
 def write_count(tensor: Tensor) -> int:
