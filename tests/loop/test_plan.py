@@ -3,7 +3,6 @@
 import math
 import re
 from functools import partial
-from itertools import product
 
 import pytest
 import torch
@@ -78,7 +77,7 @@ def test_choices_that_depend_on_the_model(names, choices, option, expected):
 # ---- allocations on whole models
 
 
-MODELS = ["llama", "gpt2", "t5", "vit", "convnext", "resnet18", "unreached"]
+MODELS = ["llama", "t5", "resnet18", "unreached"]
 SPREADING = {"owl": OWL(m=2.0), "fisher": Fisher()}
 
 
@@ -122,18 +121,19 @@ def test_mixed_n_of_m(model_name, allocation):
 
 
 @pytest.mark.parametrize(
-    ("option", "name", "sequential"),
+    "choices",
     [
-        *product(["allocation"], ["owl"], SEQUENTIAL_CHOICES),
-        *product(["recovery"], ["reconstruct"], ["none", "block"]),
+        {"allocation": "owl", "sequential": "none"},
+        {"allocation": "owl", "sequential": "block"},
+        {"recovery": "reconstruct", "sequential": "none"},
     ],
 )
-def test_batches_are_read_once(option, name, sequential):
+def test_batches_are_read_once(choices):
     """A generator is as good as a list, though most of these choices need a pass more."""
     kept = []
     for batches in (batches_of("llama"), iter(batches_of("llama"))):
         model = LLAMA()
-        report = prune(model, batches, sequential=sequential, **{option: name})
+        report = prune(model, batches, **choices)
         assert report.config["calibration_batches"] == len(batches_of("llama"))
         kept.append(model.state_dict())
     assert_same(*kept)
@@ -199,23 +199,9 @@ ROWS = [
         {"pattern": "2:5", "sparsity": 0.6},
         r"NM\(n=2, m=5\) fits none of the 9 layers: .*blocks\.0\.up: input",
     ),
-    (
-        lambda: nn.Sequential(nn.Linear(6, 4)),
-        {"pattern": "2:4", "only": ["0"]},
-        "none of the 1 layer: .*0: input",
-    ),
     (nn.ReLU, {"skip": ["head"]}, "skip='head' matches no matrix of the model; the model has none"),
-    (
-        lambda: nn.Sequential(nn.ReLU()),
-        {},
-        "model has nothing to prune .there are no weight matrices",
-    ),
-    (
-        lambda: nn.Sequential(nn.Embedding(4, 8), nn.LayerNorm(8)),
-        {},
-        "nothing to prune .0: embedding",
-    ),
-    (build, {"skip": ["*"]}, r"nothing to prune .blocks\.0\.up: skip='\*'"),
+    (nn.ReLU, {}, "model has nothing to prune .there are no weight matrices"),
+    (lambda: nn.Sequential(nn.Embedding(4, 8)), {}, "nothing to prune .0: embedding"),
     (build, ONLY, r"nothing to prune .*skip='blocks\.0'.*not in only=\['blocks\.0\.up'\]"),
     (LLAMA, {"allocation": PerLayer({"lm_head": 0.5})}, "matches no pruned layer"),
     (LLAMA, {"allocation": PerLayer({"*.mlp": 0.9})}, "with this PerLayer"),
@@ -244,7 +230,7 @@ def spoil(value, module, args):
     return None
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30, None])
+@pytest.mark.parametrize("value", [math.nan, 1e30, None])
 @EVERY_GRANULARITY
 @pytest.mark.parametrize("place", ["blocks.0", "blocks.2", "blocks.2.down"])
 def test_inputs_that_are_not_finite_and_errors_name_what_was_written(place, sequential, value):
@@ -279,8 +265,7 @@ def test_what_is_padding_may_be_anything(sequential):
     assert {layer.tokens for layer in report.layers} == {2 * (2 + 3 + 2)}
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("criterion", ["wanda", "magnitude"])
+@pytest.mark.parametrize(("criterion", "value"), [("wanda", -math.inf), ("magnitude", math.nan)])
 def test_a_weight_that_is_not_finite(criterion, value):
     model = build()
     model.head.weight.data[1, 2] = value
