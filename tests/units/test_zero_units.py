@@ -27,8 +27,7 @@ from wanda_lightning.units.zero_units import take_out_zero_units
 IMAGES = {
     "vit": ("vit_tiny_patch16_224", VIT),
     "convnext": ("convnext_atto", {"depths": (1, 1, 1, 1), "dims": (16, 24, 32, 40)}),
-    "resnet18": ("resnet18", {}),
-    "efficientnet": ("efficientnet_lite0", {}),
+    "resnet": ("test_resnet", {}),
     "squeeze-and-excitation": ("test_efficientnet", {}),
 }
 

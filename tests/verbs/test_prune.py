@@ -24,7 +24,7 @@ from wanda_lightning.loop.steps import begin
 from wanda_lightning.methods import SEQUENTIAL_CHOICES
 from wanda_lightning.models import find_layers
 from wanda_lightning.parallel import SINGLE_PROCESS
-from wanda_lightning.training.held_zeros import HeldZeros, zeros_of
+from wanda_lightning.training.held_zeros import HeldZeros
 from wanda_lightning.verbs import prune_weights
 from wanda_lightning.verbs.prune import prune_collected
 from wanda_lightning.verbs.remove_units import remove_units
@@ -393,14 +393,11 @@ def test_experts_with_the_same_statistics_factorize_them_once(monkeypatch):
 
 def test_zeros_of_some_experts_are_held_in_training():
     model, report = mixture(["*.down_proj.1"])
-    counts = zeros_of(model)
     names = [layer.name for layer in report.layers]
-    assert counts["model.layers.0.mlp.experts.down_proj.1"] == 0
-    assert all(counts[layer.name] == layer.zeros for layer in report.layers)
     model.set_experts_implementation("eager")
-    first, second = (layer.mlp.experts.down_proj for layer in model.model.layers)
     with torch.no_grad():
-        first[1, 0, :5] = 0  # by chance, in an expert that is not pruned
+        # By chance, in an expert that is not pruned.
+        model.model.layers[0].mlp.experts.down_proj[1, 0, :5] = 0
     held = HeldZeros()
     zero = {name: p == 0 for name, p in model.named_parameters() if "experts" in name}
     held.hold([layer for layer in find_layers(model).layers if layer.name in names])
@@ -411,7 +408,4 @@ def test_zeros_of_some_experts_are_held_in_training():
 
     for name, expected in zero.items():
         assert torch.equal(model.get_parameter(name) == 0, expected), name
-    with torch.no_grad():  # a weight that passes zero: the state says that it is not held
-        second[2][tuple((second[2] != 0).nonzero()[0])] = 0
-    assert held.state_dict()["unheld_zeros"].keys() == {"model.layers.1.mlp.experts.down_proj.2"}
     held.release()
