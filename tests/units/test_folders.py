@@ -169,8 +169,6 @@ IMAGE_MODELS = {
         {"img_size": 32, "embed_dim": 32, "num_heads": 4, "depth": 1},
         arguments={"mlp_ratio": 2.5, "mlp_ratio_token_only": 2.5},
     ),
-    # None of its attributes says for which size it was built.
-    "levit_128s": ImageModel({"img_size": 64}),
     "test_efficientnet": ImageModel(by="loss"),
     "test_resnet": ImageModel(by="seconds"),
 }

@@ -167,6 +167,10 @@ class ImageClassifierModule(L.LightningModule):
 
     def check_saving(self) -> None:
         """Raise an error for a model that `save_pretrained` cannot write or timm could not rebuild."""
+        self._timm_arguments()
+
+    def _timm_arguments(self) -> tuple[str, Kwargs]:
+        """Return the name and the arguments with which timm builds the model; refuse one that it cannot rebuild."""
         if is_sharded(self.model):
             raise UserError(
                 "save_pretrained needs the whole model in one process, but it is sharded."
@@ -176,8 +180,9 @@ class ImageClassifierModule(L.LightningModule):
                 f"model must be a timm model for save_pretrained, but it is a {type(self.model).__name__}. "
                 "Save its weights with safetensors.torch.save_file(model.state_dict(), ...)."
             )
-        _, arguments = fit_arguments(self.model, self._model_kwargs)
+        name, arguments = fit_arguments(self.model, self._model_kwargs)
         json.dumps(get_model_args(self.model, arguments))  # a TypeError names what JSON cannot hold
+        return name, arguments
 
     def save_pretrained(self, folder: StrPath, overwrite: bool = False) -> None:
         """Write a timm folder with weights and configuration atomically. Call it in one process only.
@@ -192,13 +197,13 @@ class ImageClassifierModule(L.LightningModule):
             ValueError: If timm did not build the model, and so cannot rebuild it from the configuration; if FSDP2
                 shards it.
         """
-        self.check_saving()
+        name, arguments = self._timm_arguments()
         model: Any = self.model
         names = model.pretrained_cfg.get("label_names") or ()
         labels = {"label_names": names} if len(names) == self.num_classes else {}
 
         with atomic_folder(folder, overwrite) as new:
-            save_for_timm(model, self._model_kwargs, labels, new)
+            save_for_timm(model, name, arguments, labels, new)
 
 
 def _read_images(batch: Any) -> tuple[Tensor, Any]:

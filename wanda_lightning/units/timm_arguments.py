@@ -53,14 +53,13 @@ register_shrunk_model()
 '''
 
 
-def save_for_timm(model: Any, arguments: Kwargs, labels: Kwargs, folder: Path) -> None:
+def save_for_timm(model: Any, name: str, arguments: Kwargs, labels: Kwargs, folder: Path) -> None:
     """Write a folder that timm loads, with a file of its own if no arguments of timm give the model's shapes.
 
-    `arguments` are those of `timm.create_model` beside the name; `labels` go into the configuration.
+    `name` and `arguments` are those of `fit_arguments`; `labels` go into the configuration.
     """
     from timm.models import save_for_hf
 
-    name, arguments = fit_arguments(model, arguments)
     config = {"architecture": name, **labels}
     save_for_hf(
         model, str(folder), model_config=config, model_args=arguments, safe_serialization=True
