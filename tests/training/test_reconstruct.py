@@ -1,5 +1,6 @@
 """Training the parts of a pruned block, against Adam written out by hand."""
 
+from collections import defaultdict
 from copy import deepcopy
 
 import pytest
@@ -14,33 +15,22 @@ from support.recoveries import (
     some_batches,
 )
 from support.refusals import refusal, refuses
-from support.samples import samples_of
 from support.zoo import ZOO, batches_of, cast, model_of
 from torch import nn
 from torch.testing import assert_close
 
 from wanda_lightning import PruningReport, Reconstruct
 from wanda_lightning.calibration.batches import batch_size, take
-from wanda_lightning.calibration.lockstep import lockstep
-from wanda_lightning.models import find_layers
-from wanda_lightning.parallel import SINGLE_PROCESS
 from wanda_lightning.training import reconstruct
 
 
 def parts_of(name):
-    model = model_of(name)
-    batches = batches_of(name)
-    stops = find_layers(model).stops
-    layers = {}
-    with torch.no_grad():
-        for stop, calls in lockstep(stops, samples_of(model, batches)):
-            recovery = Reconstruct().start(stop, SINGLE_PROCESS)
-            for call in recovery.record(calls):
-                call.run()
-            for part in getattr(recovery, "parts", []):
-                assert len(part.runs) == len(calls)
-                prefix = f"{part.name}."
-                layers[part.name] = {layer.name.removeprefix(prefix) for layer in part.layers}
+    """The layers of each part that was trained, without the name of the part."""
+    report = prune(model_of(name), batches_of(name), recovery=Reconstruct(epochs=1))
+    layers = defaultdict(set)
+    for layer in report.layers:
+        if layer.part:
+            layers[layer.part.name].add(layer.name.removeprefix(f"{layer.part.name}."))
     return layers
 
 
@@ -127,9 +117,7 @@ def test_with_statistics_of_the_dense_model_it_learns_on_what_the_trained_blocks
     assert {layer.tokens for layer in report.layers} == {48}
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", "llama_padded", "gpt2", "t5", "vit", "convnext", "swin", "resnet18"]
-)
+@pytest.mark.parametrize("name", ["llama_padded", "t5", "swin", "resnet18"])
 def test_a_step_has_few_samples_of_a_batch(monkeypatch, name):
     monkeypatch.setattr(reconstruct, "_SAMPLES", 1)
     choices = {"recovery": Reconstruct(epochs=2), "sequential": "block", "keep_batch_norm": True}
@@ -145,7 +133,7 @@ def test_a_step_has_few_samples_of_a_batch(monkeypatch, name):
     assert_close_states(together, alone)
 
 
-@pytest.mark.parametrize(("count", "size"), [(16, 16), (17, 9), (33, 11), (64, 16)])
+@pytest.mark.parametrize(("count", "size"), [(17, 9), (64, 16)])
 def test_large_batches_have_pieces_of_about_one_size(count, size):
     x = torch.randn(4 * count, 8, generator=rng(1)).double()
     whole = list(x.split(count))
@@ -161,25 +149,11 @@ class MinusTheMean(nn.Module):
         return x - x.mean(dim=0)
 
 
-class SumUntilHere(nn.Module):
-    """Only the first piece is as in the whole batch."""
-
-    def forward(self, x):
-        return x.cumsum(dim=0)
-
-
 class WithTable(nn.Module):
     """Has a table with as many rows as some batches have samples."""
 
     def forward(self, x):
         return x + torch.arange(40.0).to(x)[: 40 if len(x) == 40 else 1, None]
-
-
-class Scores(nn.Module):
-    """Has an output of one dimension."""
-
-    def forward(self, x):
-        return x.sum(dim=-1)
 
 
 class Scored(nn.Module):
@@ -188,11 +162,10 @@ class Scored(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8), kind())
 
     def forward(self, x):
-        y = self.mlp(x)
-        return x + (y if y.ndim == x.ndim else y[:, None])
+        return x + self.mlp(x)
 
 
-@pytest.mark.parametrize("kind", [MinusTheMean, SumUntilHere, WithTable, Scores])
+@pytest.mark.parametrize("kind", [MinusTheMean, WithTable])
 def test_a_batch_is_not_split_if_samples_would_have_other_outputs(monkeypatch, kind):
     generator = rng(1)
     results = []

@@ -12,12 +12,12 @@ from wanda_lightning import Distill, Reconstruct
 from wanda_lightning.models import find_layers
 
 RECOVERIES = {"distill": Distill(passes=1), "reconstruct": Reconstruct()}
-DISTILLED = ("llama_padded", "mixtral", "opt", "t5")
-RECONSTRUCTED = ("llama_padded", "opt", "gpt2", "t5", "vit", "resnet18", "convnext", "swin")
+DISTILLED = ("llama_padded", "mixtral")
+RECONSTRUCTED = ("t5", "vit", "opt", "resnet18")
 SAMPLE = [("distill", name, "zero_out") for name in DISTILLED]
-for name, solver in zip(RECONSTRUCTED, ("zero_out", "sparsegpt") * 4, strict=True):
+for name, solver in zip(RECONSTRUCTED, ("zero_out", "sparsegpt") * 2, strict=True):
     SAMPLE.append(("reconstruct", name, solver))
-MORE = [("distill", name, "zero_out") for name in ("llama", "gemma2", "gpt2", "gpt_oss", "vit")]
+MORE = [("distill", name, "zero_out") for name in ("llama", "gemma2", "gpt_oss", "t5", "vit")]
 
 
 @pytest.mark.parametrize(("recovery", "name", "solver"), with_nightly(SAMPLE, MORE))
