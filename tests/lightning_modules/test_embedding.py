@@ -49,19 +49,6 @@ def test_texts_give_the_zeros_of_batches_by_hand(tiny, tiny_folder):
     assert {layer.tokens for layer in report.layers if "encoder" in layer.name} == {tokens}
 
 
-@pytest.mark.parametrize(
-    ("texts", "message"),
-    [
-        ([], "at least one calibration batch"),
-        (["a cat .", 3], r"batches\[1\] is a int"),
-    ],
-)
-def test_wrong_texts_are_refused_before_the_model_runs(tiny, texts, message):
-    tiny.forward = None  # a call would be a TypeError
-    with refuses(message):
-        prune(tiny, texts)
-
-
 class OwnTokenizer(torch.nn.Module):
     """Tokenizes texts, but takes the features by name, as models of transformers do."""
 
