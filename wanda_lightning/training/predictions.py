@@ -220,9 +220,8 @@ def _nearly_equal(first: Tensor, second: Tensor) -> bool:
         return True
     # Logits of impossible classes are minus infinity; no other logit is close to it.
     largest = second.masked_fill(second.isinf(), 0).abs().max()
-    tolerance = 4 * torch.finfo(second.dtype).eps * largest
-    is_close = (first - second).abs() <= tolerance
-    return bool((is_close | (first == second)).all())
+    tolerance = 4 * torch.finfo(second.dtype).eps * float(largest)
+    return torch.allclose(first.to(second.dtype), second, rtol=0, atol=tolerance)
 
 
 @dataclass(frozen=True)

@@ -84,19 +84,14 @@ class _Run:
         """Return the run in pieces with few samples of the batch; as it is if its rows do not belong to samples."""
         samples = separable_samples(self.call.sample.batch)
         rows = len(self.output) if self.output.ndim > 1 else 0
-        values = (self.inputs, self.output, self.keep)
-        # A vector with an entry for each sample or row, or for each boundary between samples, may hold offsets, which
-        # count from the start of the batch. One with an entry for each token may hold positions, equal for all samples.
-        lengths = {len(tensor) for tensor in tensors_of(values) if tensor.ndim == 1}
         if samples <= _SAMPLES or not rows or rows % samples:
-            return [self]
-        if lengths & {samples, samples + 1, rows}:
             return [self]
 
         # Pieces of about one size, each with at most `_SAMPLES` samples.
         size = math.ceil(samples / math.ceil(samples / _SAMPLES))
 
         def piece(start: int, tensor: Tensor) -> Tensor:
+            # Vectors stay whole: they may hold positions, equal for all samples.
             if tensor.ndim < 2 or len(tensor) not in (samples, rows):
                 return tensor
             per_sample = len(tensor) // samples
@@ -104,6 +99,7 @@ class _Run:
 
         pieces = []
         for start in range(0, samples, size):
+            values = (self.inputs, self.output, self.keep)
             inputs, output, keep = map_tensors(partial(piece, start), values)
             pieces.append(_Run(self.call, inputs, output, keep))
         return pieces
@@ -131,9 +127,12 @@ class _Part:
         self.runs.append(_Run(call, inputs, tensor, keep))
         return output
 
-    def output(self, run: _Run, is_mixed: bool, training: bool = False) -> Tensor:
-        """Run the part as it is now on the inputs of a run."""
+    def output(self, run: _Run, is_mixed: bool) -> Tensor:
+        """Run the part as it is now on the inputs of a run, with gradients if they are enabled."""
         precision = mixed_precision(self.module, is_mixed)
+        training = (
+            torch.is_grad_enabled()
+        )  # `try_out` restores the mode in which the run was recorded
 
         def forward() -> Tensor:
             with torch.set_grad_enabled(training), precision:
@@ -196,7 +195,7 @@ def _train_part(part: _Part, config: Reconstruct, processes: Processes) -> Train
         """Yield the squared error of each run of this process. With a scale, also add its gradients times the scale."""
         for run in filter(None, runs):
             with torch.set_grad_enabled(scale is not None):
-                output = part.output(run, is_mixed, training=scale is not None)
+                output = part.output(run, is_mixed)
                 error = run.square_sum(output - run.output)
             if scale is not None:
                 error.backward(torch.full_like(error, scale))
