@@ -146,21 +146,10 @@ def _groups_to_solve(layers: Iterable[Layer], inputs: Inputs, plan: Plan) -> Ite
     by_input = grouped(layers, lambda layer: inputs.get(layer.name, layer.name))
     for same_input in by_input.values():
         for group in grouped(same_input, expert_and_bias).values():
-            yield from _split_by_size(group)
-
-
-def _split_by_size(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
-    """Yield the layers in parts of at most `_MAX_GROUP` weights, or of one layer."""
-    part: list[Layer] = []
-    size = 0
-    for layer in layers:
-        if part and size + layer.size > _MAX_GROUP:
-            yield part
-            part = []
-            size = 0
-        part.append(layer)
-        size += layer.size
-    yield part
+            if sum(layer.size for layer in group) <= _MAX_GROUP:
+                yield group
+            else:
+                yield from ([layer] for layer in group)
 
 
 class _Solved(NamedTuple):
