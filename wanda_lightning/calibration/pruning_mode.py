@@ -9,6 +9,7 @@ import torch
 from torch.backends import mha
 from torch.nn import Module
 
+from wanda_lightning.common.aliases import Kwargs
 from wanda_lightning.common.evaluation_mode import evaluating
 
 
@@ -50,27 +51,26 @@ def _plain_configuration(model: Module) -> Iterator[None]:
     A block that runs twice would append its keys twice. With one expert at a time, models use views of the parameter,
     which `WeightInterceptor` recognizes.
     """
-    modules: list[Any] = [
+    with_experts: list[Any] = [
         module for module in model.modules() if hasattr(module, "set_experts_implementation")
     ]
-    configs: list[Any] = [module.config for module in modules]
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if hasattr(config, "use_cache"):
-            configs.append(config)
-
-    # transformers 5.10 cannot tell what was set before, and no release can set a nested configuration to None again.
-    before = [dict(vars(config)) for config in configs]
-    try:
-        for module in modules:
+    with ExitStack() as restored:
+        # transformers 5.10 cannot tell what was set, and no release can set a nested configuration to None again.
+        for module in with_experts:
+            restored.callback(_restore, module.config, dict(vars(module.config)))
+        for module in with_experts:
             module.set_experts_implementation("eager")
-        for config in configs:
-            config.use_cache = False
+        for module in model.modules():
+            config: Any = getattr(module, "config", None)
+            if hasattr(config, "use_cache"):
+                restored.callback(setattr, config, "use_cache", config.use_cache)
+                config.use_cache = False
         yield
-    finally:
-        for config, attributes in zip(configs, before, strict=True):
-            vars(config).clear()
-            vars(config).update(attributes)
+
+
+def _restore(config: object, attributes: Kwargs) -> None:
+    vars(config).clear()
+    vars(config).update(attributes)
 
 
 @contextmanager

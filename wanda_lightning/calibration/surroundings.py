@@ -27,7 +27,6 @@ from wanda_lightning.calibration.trees import clone_arguments
 from wanda_lightning.common.errors import UserError
 
 _Result = TypeVar("_Result")
-_ABSENT = object()
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Surroundings:
     def _clone_variables(self) -> None:
         """Clone what the model has set: a module may append to a list, as in transformers for the logits of routers."""
         for variable, value in copy_context().items():
-            if self.outside.get(variable, _ABSENT) is not value:
+            if self.outside.get(variable) is not value:
                 variable.set(clone_arguments(value))
 
 
