@@ -37,17 +37,16 @@ def folder(tmp_path):
     return tmp_path / "pruned"
 
 
-@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
-def test_training_and_merging_keep_every_zero(folder, dtype, rounding, tmp_path):
+def test_training_and_merging_keep_every_zero(folder, tmp_path):
     zeros = zeros_of(AutoModelForCausalLM.from_pretrained(folder))
-    model = get_peft_model(by_torchao(folder, dtype), config())
+    model = get_peft_model(by_torchao(folder, torch.bfloat16), config())
     losses = train(model, steps=8)
     assert losses[-1] < losses[0]
     adapted = model(input_ids=TOKENS).logits.detach().float()
     merged = merge(model)
     assert all((merged.get_parameter(name) == 0)[zero].all() for name, zero in zeros.items())
-    assert all(type(p) is nn.Parameter and p.dtype == dtype for p in merged.parameters())
-    assert relative(logits(merged), adapted) < rounding
+    assert all(type(p) is nn.Parameter and p.dtype == torch.bfloat16 for p in merged.parameters())
+    assert relative(logits(merged), adapted) < 2**-7
     merged.save_pretrained(tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert_zeros(again, zeros)

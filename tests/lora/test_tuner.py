@@ -3,7 +3,6 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import register_peft_method
 from support import forks
 from support.lora import (
     TARGETS,
@@ -20,12 +19,7 @@ from support.refusals import refuses
 from support.reports import read_json
 from torch import nn
 
-from wanda_lightning.lora import (
-    KEEP_ZEROS_LORA,
-    KeepZerosLoraConfig,
-    KeepZerosLoraModel,
-    merge,
-)
+from wanda_lightning.lora import KeepZerosLoraConfig, merge
 
 
 @pytest.mark.parametrize(
@@ -34,7 +28,7 @@ from wanda_lightning.lora import (
         ({"use_dora": True}, "use_dora=True is not supported by KeepZerosLoraConfig"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' is not supported"),
         ({"target_parameters": ["experts.down_proj"]}, "target_parameters=.* is not supported"),
-        ({"layer_replication": [(0, 2), (1, 2)]}, "layer_replication=.* is not supported"),
+        ({"lora_bias": True}, "lora_bias=True is not supported"),
     ],
 )
 def test_options_that_cannot_keep_zeros_are_refused_by_name(options, message):
@@ -83,17 +77,6 @@ def test_plain_and_keep_zeros_adapters_do_not_mix():
     plain = get_peft_model(llama(), LoraConfig(target_modules=TARGETS))
     with refuses("without adapters of another type, but model"):
         get_peft_model(plain.base_model.model, config())
-
-
-def test_peft_registers_only_its_own_types():
-    """Otherwise `lora.register` could use this function in place of the tables."""
-    with refuses("Unknown PEFT type"):
-        register_peft_method(
-            name=KEEP_ZEROS_LORA.name.lower(),
-            config_cls=KeepZerosLoraConfig,
-            model_cls=KeepZerosLoraModel,
-            prefix="lora_",
-        )
 
 
 BOTH = ["0", "1"]

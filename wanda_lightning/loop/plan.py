@@ -214,8 +214,6 @@ def refuse_nothing_to_prune(config: PruningConfig, inventory: Inventory) -> None
     if unfit:
         number = quantity(len(unfit), "layer")
         subject = f"{config.shown('pattern')} fits none of the {number}: it leaves"
-    elif config.only:
-        subject = f"only={list(config.only)} names"
     else:
         subject = "model has"
     raise UserError(

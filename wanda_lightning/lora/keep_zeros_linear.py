@@ -34,9 +34,10 @@ def _kept_sum(
 class _KeptProduct(torch.autograd.Function):
     """Compute x @ (W + (left @ right) * keep)^T + addend, or the same without W if `only_delta`.
 
-    x is (..., d_in) in the dtype of the product. W and left @ right are (d_out, d_in), or (d_in, d_out) if
-    `transposed`. `addend` is None, a bias (d_out,) or an output (..., d_out). Only x, W and the two factors are saved
-    for backward: no second matrix of the size of W. A quantized W is a function that dequantizes it, in both passes.
+    x is (..., d_in) in the dtype of the product. W, which gets no gradient, and left @ right are (d_out, d_in), or
+    (d_in, d_out) if `transposed`. `addend` is None, a bias (d_out,) or an output (..., d_out). Only x, W and the two
+    factors are saved for backward: no second matrix of the size of W. A quantized W is a function that dequantizes it,
+    in both passes.
     """
 
     @staticmethod
@@ -69,13 +70,10 @@ class _KeptProduct(torch.autograd.Function):
                 matrix = matrix.t()
             d_in, d_out = matrix.shape
             rows = x.reshape(-1, d_in)
+            shape = (*x.shape[:-1], d_out)
             if addend is None:
-                product = torch.mm(rows, matrix)
-            elif ctx.is_bias:
-                product = torch.addmm(addend, rows, matrix)
-            else:
-                product = torch.addmm(addend.reshape(-1, d_out), rows, matrix)
-            return product.view(*x.shape[:-1], d_out)
+                return torch.mm(rows, matrix).view(shape)
+            return torch.addmm(addend.reshape(-1, d_out), rows, matrix).view(shape)
 
     @staticmethod
     @once_differentiable
@@ -83,8 +81,8 @@ class _KeptProduct(torch.autograd.Function):
         x, weight, left, right = ctx.saved_tensors
         if ctx.dequantize:
             weight = ctx.dequantize()
-        needs_x, needs_weight, needs_left, needs_right, needs_addend, *_ = ctx.needs_input_grad
-        grad_x = grad_weight = grad_left = grad_right = grad_addend = None
+        needs_x, _, needs_left, needs_right, needs_addend, *_ = ctx.needs_input_grad
+        grad_x = grad_left = grad_right = grad_addend = None
         with torch.autocast(x.device.type, enabled=False):
             rows = x.reshape(-1, x.shape[-1])
             grads = grad.reshape(-1, grad.shape[-1])
@@ -94,18 +92,16 @@ class _KeptProduct(torch.autograd.Function):
                 if ctx.transposed:
                     matrix = matrix.t()
                 grad_x = torch.mm(grads, matrix).view(x.shape)
-            if needs_weight or needs_left or needs_right:
+            if needs_left or needs_right:
                 # The gradient of W as a dense matrix; the factors get it where W is not zero.
                 dense = torch.mm(rows.t(), grads) if ctx.transposed else torch.mm(grads.t(), rows)
-                if needs_weight and not ctx.only_delta:
-                    grad_weight = dense.to(weight.dtype, copy=True)
                 dense.mul_(keep)
                 # Autograd casts these, and ignores one that is not needed.
                 grad_left = torch.mm(dense, right.to(dense.dtype).t())
                 grad_right = torch.mm(left.to(dense.dtype).t(), dense)
             if needs_addend:
                 grad_addend = grads.sum(0) if ctx.is_bias else grad
-        return grad_x, grad_weight, grad_left, grad_right, grad_addend, None, None
+        return grad_x, None, grad_left, grad_right, grad_addend, None, None
 
 
 class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed by mypy
@@ -116,7 +112,6 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
     """
 
     weight_before_merge: Tensor | None = None  # while adapters are merged
-    bias_before_merge: Tensor | None = None  # the last one; only read while adapters are merged
     merged_adapters: list[str]
     dequantizes = False  # whether the base layer is quantized; torch.compile cannot trace how it is recognized
 
@@ -134,13 +129,10 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
             for name in names:
                 adapter_input = self.lora_dropout[name](x).to(result.dtype)
                 result = self._product(adapter_input, [name], result, only_delta=True)
-        for name in names:
-            if self.lora_bias[name]:
-                result = result + (self.scaling[name] * self.lora_B[name].bias).to(result.dtype)
         return result
 
     def _fuses(self, names: Sequence[str]) -> bool:
-        """Whether one product may replace the layer's: no dropout, no hooks, no quantization, no half precision."""
+        """Whether one product may replace the layer's: no dropout, no hooks, a frozen weight of at least 32 bits."""
         base = self.base_layer
         # torch has no public way to ask for hooks, which only `base(x)` calls.
         hooks = (value for name, value in vars(base).items() if name.endswith("hooks"))
@@ -152,10 +144,12 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
         dropouts = [self.lora_dropout[name] for name in names]
         if any(drop.training and not isinstance(drop, nn.Identity) for drop in dropouts):
             return False
-        return not self.dequantizes and base.weight.dtype in (torch.float32, torch.float64)
+        weight = base.weight
+        is_frozen = not (self.dequantizes or weight.requires_grad)
+        return is_frozen and weight.dtype in (torch.float32, torch.float64)
 
     def _fused(self, x: Tensor, names: Sequence[str]) -> Tensor:
-        """Return the output of the layer with its adapters, without their biases, as one product."""
+        """Return the output of the layer with its adapters as one product."""
         base = self.get_base_layer()
         dtype = base.weight.dtype
         device = x.device.type
@@ -199,8 +193,6 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
             )
         if self.weight_before_merge is None:
             self.weight_before_merge = base.weight.data.clone()
-            if base.bias is not None:
-                self.bias_before_merge = base.bias.data.clone()
         try:
             super().merge(safe_merge, adapter_names)
         finally:
@@ -213,8 +205,6 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
             return
         base = self.get_base_layer()
         base.weight.data = self.weight_before_merge.to(base.weight)
-        if self.bias_before_merge is not None:
-            base.bias.data = self.bias_before_merge.to(base.bias)
         self.merged_adapters = []
         self.weight_before_merge = None
 

@@ -37,7 +37,7 @@ class KeepZerosLoraConfig(LoraConfig):  # type: ignore[misc]  # PEFT is not foll
 
     Raises:
         ValueError: An option of LoRA cannot keep zeros (DoRA and other variants, initializations that write to W,
-            `target_parameters`, `layer_replication`, Megatron). `get_peft_model` raises it if a target is not a linear
+            `lora_bias`, `target_parameters`, `layer_replication`, Megatron). `get_peft_model` raises it if a target is not a linear
             layer, is quantized in a format whose zeros cannot be read, or shares its weight with another target.
     """
 
@@ -50,7 +50,13 @@ class KeepZerosLoraConfig(LoraConfig):  # type: ignore[misc]  # PEFT is not foll
             for field in dataclasses.fields(self)
             if field.metadata.get("is_lora_variant")
         ]
-        refused += ["use_qalora", "target_parameters", "layer_replication", "megatron_config"]
+        refused += [
+            "lora_bias",
+            "use_qalora",
+            "target_parameters",
+            "layer_replication",
+            "megatron_config",
+        ]
         used = [name for name in refused if getattr(self, name, None)]
         if self.init_lora_weights not in _INITIALIZATIONS:
             used.append("init_lora_weights")
