@@ -37,8 +37,9 @@ class KeepZerosLoraConfig(LoraConfig):  # type: ignore[misc]  # PEFT is not foll
 
     Raises:
         ValueError: An option of LoRA cannot keep zeros (DoRA and other variants, initializations that write to W,
-            `lora_bias`, `target_parameters`, `layer_replication`, Megatron). `get_peft_model` raises it if a target is not a linear
-            layer, is quantized in a format whose zeros cannot be read, or shares its weight with another target.
+            `lora_bias`, `target_parameters`, `layer_replication`, Megatron). `get_peft_model` raises it if a target is
+            not a linear layer, is quantized in a format whose zeros cannot be read, or shares its weight with another
+            target.
     """
 
     def __post_init__(self) -> None:
