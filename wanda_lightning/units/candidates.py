@@ -210,15 +210,17 @@ def _resized(module: Module, names: frozenset[str], before: int, after: int) -> 
     ]
 
 
-def removable_units(reader: Layer, parent: Module, block: Module) -> Iterator[HiddenUnits]:
+def removable_units(reader: Layer, block: Module) -> Iterator[HiddenUnits]:
     """Yield candidates for the hidden units that a layer reads, the likeliest first.
 
-    Their writers are sought in the module that contains the layer (`parent`), then in its block; anything may lie
-    between writers and reader. Nothing is proposed if the block has adapters, which were trained for this width.
+    Their writers are sought in the module that contains the layer, then in its block; anything may lie between writers
+    and reader. Nothing is proposed if the block has adapters, which were trained for this width.
     """
     if adapted_module(block) is not None or not is_whole(reader):
         return
     width = reader.width
+    containing = (module for module in block.modules() if reader.module in module.children())
+    parent = next(containing, block)
     proposed = set()
     for scope in dict.fromkeys((parent, block)):
         layers = _whole_layers(scope, reader)

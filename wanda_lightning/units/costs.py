@@ -17,10 +17,7 @@ from wanda_lightning.units.candidates import UnitsByReader
 _RUNS = 7  # of each block, after one that warms up
 
 
-_Costs = dict[str, float]  # of one unit, by the layer that reads it
-
-
-def unit_costs(run: Run, units: UnitsByReader) -> _Costs:
+def unit_costs(run: Run, units: UnitsByReader) -> dict[str, float]:
     """Return the seconds of a hidden unit, by the layer that reads it; empty if the allocation does not ask for them.
 
     The seconds of a block are the shortest of seven runs on the first calibration batch, divided by the number of its
@@ -39,7 +36,7 @@ def unit_costs(run: Run, units: UnitsByReader) -> _Costs:
     return processes.broadcast(_seconds(run, units, batches), measuring_rank)
 
 
-def _seconds(run: Run, units: UnitsByReader, batches: Sequence[Sample]) -> _Costs:
+def _seconds(run: Run, units: UnitsByReader, batches: Sequence[Sample]) -> dict[str, float]:
     """Return the seconds of each block for each of its units; empty if the model has no blocks."""
     plan = run.plan
     costs = {}

@@ -65,11 +65,11 @@ class _UnitSearch:
     def __init__(self, plan: Plan) -> None:
         self.units: dict[str, HiddenUnits] = {}  # by reader
         self._plan = plan
-        self._modules = named_modules(plan.model)
+        modules = named_modules(plan.model)
         self._tied = tied_tensors(plan.model)
         self._layer_of = {layer.module: layer for layer in plan.layers}
         skipped_by_user = plan.inventory.skipped_for(SkipReason.USER)
-        self._skipped_by_user = {self._modules.get(matrix.name) for matrix in skipped_by_user}
+        self._skipped_by_user = {modules.get(matrix.name) for matrix in skipped_by_user}
         # The same units may be found again, by another layer that reads them.
         self._used_lines: set[Line] = set()
         # Index of the right candidate for readers with the same name and shape in blocks alike.
@@ -103,12 +103,11 @@ class _UnitSearch:
     ) -> HiddenUnits | None:
         """Return the hidden units of a reader: the first candidate that is right, if any."""
         assert block.module is not None
-        parent = self._modules[reader.name.rpartition(".")[0]]
         name_in_block = reader.name.removeprefix(block.name)
         key = (_likeness(block.module), name_in_block, reader.shape)
         known = self._right_candidates.get(key)
         is_undecided = False
-        for index, units in enumerate(removable_units(reader, parent, block.module)):
+        for index, units in enumerate(removable_units(reader, block.module)):
             if known is not None and known != index:
                 continue
             right = self._is_right(units, runs)

@@ -34,7 +34,6 @@ from wanda_lightning.models import (
     reads_images,
     tied_tensors,
 )
-from wanda_lightning.models.layers import named_modules
 from wanda_lightning.parallel import is_sharded
 from wanda_lightning.report import PrunedLayer, PruningReport
 from wanda_lightning.units.block_runs import BlockRuns, device_of
@@ -189,7 +188,6 @@ class _EmptyUnits:
         others = [stop.layers for stop in stops if not stop.is_block]
         # The layers outside of these blocks, with the model around them.
         self.rest = Stop("", model, tuple(chain(*others)))
-        self._modules = named_modules(model)
         self._tied = tied_tensors(model)
 
     def take_out(self, block: Stop, runs: BlockRuns) -> None:
@@ -249,8 +247,7 @@ class _EmptyUnits:
         if reader.expert is not None or reader.width < 2:  # a layer keeps one unit
             return
         assert block.module is not None
-        parent = self._modules[reader.name.rpartition(".")[0]]
-        for units in removable_units(reader, parent, block.module):
+        for units in removable_units(reader, block.module):
             *others, reader_side = units.sides
             empty = reader_side.zeros()
             if not empty.any():
