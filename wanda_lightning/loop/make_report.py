@@ -51,7 +51,7 @@ def make_report(
         *([Note(run.fallback)] if run.fallback else []),
         *_on_layers(run, dense, rare_experts),
         *filter(None, (unfit_layers(plan.inventory), coverage)),
-        *_on_targets(run),
+        *_on_few_tokens(run),
         *notes,
         *_on_batch_norm(run),
         *_on_training(run),
@@ -151,11 +151,10 @@ def _shared_outside(plan: Plan) -> set[str]:
     return shared
 
 
-def _on_targets(run: Run) -> Iterator[Note]:
-    layers = run.done.layers.values()
+def _on_few_tokens(run: Run) -> Iterator[Note]:
     few_tokens = [
         layer
-        for layer in layers
+        for layer in run.done.layers.values()
         if layer.tokens < layer.shape[1]
         and layer.name not in run.done.few_tokens
         and layer.name in run.selections  # others only write hidden units
@@ -166,15 +165,6 @@ def _on_targets(run: Run) -> Iterator[Note]:
             f"{_layers(few_tokens)} received fewer tokens than inputs, {fewest.name} fewest: {fewest.tokens} "
             f"tokens for {fewest.shape[1]} inputs. Their Gram matrices depend on the dampening: give more "
             "calibration samples"
-        )
-
-    # A row may lack one weight by rounding.
-    short = [layer for layer in layers if layer.target - layer.sparsity > 0.01 + 1 / layer.shape[1]]
-    if short:
-        worst = min(short, key=lambda layer: layer.sparsity)
-        yield Note(
-            f"{run.plan.config.pattern} left {_layers(short)} short of the target, {worst.name} most: "
-            f"{worst.sparsity:.1%} of {worst.target:.1%}"
         )
 
 
