@@ -58,8 +58,6 @@ LLAMA = {
                 "layer.2": {"DenseReluDense.wi", "DenseReluDense.wo"},
             },
         ),
-        ("convnext", "stages.1.blocks.0", {"mlp": {"fc1", "fc2"}}),
-        ("resnet18", "layer2.0", {"": {"conv1", "conv2", "downsample.0"}}),
     ],
 )
 def test_the_parts_of_a_block(name, prefix, parts):
