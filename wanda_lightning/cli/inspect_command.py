@@ -40,9 +40,8 @@ def inspect(config: PruningConfig, options: Model) -> None:
         print_line(
             "A stop is where all calibration batches wait until the layers inside are pruned."
         )
-    for note in (unfit_layers(inventory), low_coverage(inventory)):
-        if note is not None:
-            print_line(f"Note: {note.text}")
+    for note in (*unfit_layers(inventory), *low_coverage(inventory)):
+        print_line(f"Note: {note.text}")
     refuse_nothing_to_prune(config, inventory)
 
 

@@ -71,8 +71,8 @@ def remove_experts(run: Run) -> PruningReport:
     run = correct_batch_norm(run, batch_norm)
 
     dense = left_dense(run)
-    coverage = low_coverage(plan.inventory, dense)
-    report = make_report(run, dense, coverage=coverage, rare_experts=("expert", "scored by these"))
+    notes = low_coverage(plan.inventory, dense)
+    report = make_report(run, dense, notes, rare_experts=("expert", "scored by these"))
     return _with_parameters(report, plan, mixtures, dense_parameters)
 
 

@@ -1,6 +1,6 @@
 """Notes on how much of a model is pruned."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from wanda_lightning.common.grouping import grouped
@@ -18,18 +18,17 @@ class Note(NamedTuple):
     is_warning: bool = True
 
 
-def unfit_layers(inventory: Inventory) -> Note | None:
+def unfit_layers(inventory: Inventory) -> Iterator[Note]:
     """Name the layers that the pattern does not fit."""
     unfit = inventory.skipped_for(SkipReason.PATTERN)
-    if not unfit:
-        return None
-    return Note(
-        f"the pattern does not fit {quantity(len(unfit), 'layer')}, {unfit[0].name} largest ({unfit[0].detail}): "
-        "left dense"
-    )
+    if unfit:
+        yield Note(
+            f"the pattern does not fit {quantity(len(unfit), 'layer')}, {unfit[0].name} largest ({unfit[0].detail}): "
+            "left dense"
+        )
 
 
-def low_coverage(inventory: Inventory, dense: Mapping[str, SkippedMatrix] = {}) -> Note | None:
+def low_coverage(inventory: Inventory, dense: Mapping[str, SkippedMatrix] = {}) -> Iterator[Note]:
     """Warn if many weights are not pruned, apart from embeddings, stems, heads and what the user left out.
 
     `dense` holds the layers of the inventory that turned out to stay dense.
@@ -43,7 +42,7 @@ def low_coverage(inventory: Inventory, dense: Mapping[str, SkippedMatrix] = {}) 
             pruned += layer.size
     total = pruned + _size(left_out)
     if pruned >= _ENOUGH_COVERAGE * total:
-        return None
+        return
 
     by_reason = grouped(left_out, lambda matrix: matrix.detail)
     largest_first = sorted(by_reason.items(), key=lambda item: -_size(item[1]))
@@ -51,7 +50,7 @@ def low_coverage(inventory: Inventory, dense: Mapping[str, SkippedMatrix] = {}) 
     for reason, matrices in largest_first[:_SHOWN_REASONS]:
         more = f" and {len(matrices) - 1} more" if len(matrices) > 1 else ""
         texts.append(f"{matrices[0].name}{more}, {_size(matrices):,} weights: {reason}")
-    return Note(
+    yield Note(
         f"only {pruned / total:.0%} of the weights besides embeddings, stem and head are in pruned layers; the largest "
         f"parts left out are {'; '.join(texts)}"
     )

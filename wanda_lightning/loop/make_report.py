@@ -23,7 +23,6 @@ def make_report(
     run: Run,
     dense: SkippedMatrices,
     notes: Iterable[Note] = (),
-    coverage: Note | None = None,
     settings: Mapping[str, Any] = {},
     rare_experts: tuple[str, str] = _RARE_EXPERTS,
 ) -> PruningReport:
@@ -33,7 +32,6 @@ def make_report(
         run: The run.
         dense: What stayed dense, from `left_dense`.
         notes: What a user should know about what left.
-        coverage: A warning if much less was pruned than a user would expect.
         settings: Further entries for the configuration in the report.
         rare_experts: What got few tokens, in the singular, and what follows for it.
     """
@@ -50,9 +48,9 @@ def make_report(
     all_notes = [
         *([Note(run.fallback)] if run.fallback else []),
         *_on_layers(run, dense, rare_experts),
-        *filter(None, (unfit_layers(plan.inventory), coverage)),
-        *_on_few_tokens(run),
+        *unfit_layers(plan.inventory),
         *notes,
+        *_on_few_tokens(run),
         *_on_batch_norm(run),
         *_on_training(run),
     ]

@@ -49,8 +49,7 @@ def prune_weights(run: Run) -> PruningReport:
 def report_on_weights(run: Run) -> PruningReport:
     """Return the report of a run in which weights became zero."""
     dense = left_dense(run)
-    coverage = low_coverage(run.plan.inventory, dense)
-    return make_report(run, dense, coverage=coverage)
+    return make_report(run, dense, low_coverage(run.plan.inventory, dense))
 
 
 def choose_sparsities(plan: Plan, dense: DenseStatistics, read: ReadWeight) -> Sparsities:
