@@ -180,14 +180,12 @@ def _notes(run: Run, found: FoundUnits) -> Iterator[Note]:
             "unit of any layer: use a smaller multiple_of, or remove more"
         )
         return
-    share_of_cost = ""
+
+    text = f"{number:,} of {width:,} hidden units removed"
     if found.costs:
         share = found.cost_of(run.done.zero_units) / found.cost_of(widths)
-        share_of_cost = f", {share:.1%} of the {config.allocation.cost} of all"
-    yield Note(
-        f"{number:,} of {width:,} hidden units removed{share_of_cost}",
-        is_warning=False,
-    )
+        text += f", {share:.1%} of the {config.allocation.cost} of all"
+    yield Note(text, is_warning=False)
 
 
 def _structured(plan: Plan) -> Structured:

@@ -79,6 +79,34 @@ def shrink(
     return carry_out(parts, model, batches, forward, progress=progress)
 
 
+def _take_out_zeros(
+    model: nn.Module, batches: Iterable[Any] | None, forward: BatchFunction | None, progress: bool
+) -> PruningReport:
+    started = time.perf_counter()
+    if reads_texts(model):  # a small batch is made for it
+        batches = None
+    first = list(islice(batches or (), 1))
+    run = partial(forward or partial(forward_batch, model), first[0]) if first else None
+    taken = take_out_zero_units(model, run, progress)
+    return taken.report(time.perf_counter() - started)
+
+
+def fitted_parts(
+    parts: Sequence[PruningConfig],
+    model: nn.Module,
+    max_size: str | None,
+    say: Callable[[str], object],
+    sizes: Mapping[str, int] = {},
+) -> Sequence[PruningConfig]:
+    """Return the choices with which as many experts stay as fit into a size, and say how many."""
+    if max_size is None:
+        return parts
+    sizes = sizes or {name: weight.nbytes for name, weight in model.named_parameters()}
+    sparsity, sentence = fitting_sparsity(model, sizes, parse_size(max_size))
+    say(sentence)
+    return (*parts[:-1], replace(parts[-1], sparsity=sparsity))
+
+
 def carry_out(
     parts: Sequence[PruningConfig],
     model: nn.Module,
@@ -109,22 +137,6 @@ def carry_out(
     return _joined(reports)
 
 
-def fitted_parts(
-    parts: Sequence[PruningConfig],
-    model: nn.Module,
-    max_size: str | None,
-    say: Callable[[str], object],
-    sizes: Mapping[str, int] = {},
-) -> Sequence[PruningConfig]:
-    """Return the choices with which as many experts stay as fit into a size, and say how many."""
-    if max_size is None:
-        return parts
-    sizes = sizes or {name: weight.nbytes for name, weight in model.named_parameters()}
-    sparsity, sentence = fitting_sparsity(model, sizes, parse_size(max_size))
-    say(sentence)
-    return (*parts[:-1], replace(parts[-1], sparsity=sparsity))
-
-
 def refuse_parts(
     parts: Sequence[PruningConfig], model: nn.Module, processes: Processes = SINGLE_PROCESS
 ) -> None:
@@ -138,28 +150,16 @@ def refuse_parts(
                 refuse_parts_of_layers(model)
 
 
-def _take_out_zeros(
-    model: nn.Module, batches: Iterable[Any] | None, forward: BatchFunction | None, progress: bool
-) -> PruningReport:
-    started = time.perf_counter()
-    if reads_texts(model):  # a small batch is made for it
-        batches = None
-    first = list(islice(batches or (), 1))
-    run = partial(forward or partial(forward_batch, model), first[0]) if first else None
-    taken = take_out_zero_units(model, run, progress)
-    return taken.report(time.perf_counter() - started)
-
-
 def _take_units_out(run: Run) -> PruningReport:
     """Set units to zero, then take out all that are zero, in all processes alike."""
     model = run.plan.model
     processes = run.plan.processes
     # Another sample could reach other layers, and so take out other units.
     sample = run.samples.common_sample()
-    forward = None if sample is None else sample.forward
     report = remove_units(run)
+    assert sample is not None, "remove_units refuses to run without a sample"
     with run.clock.timed("shrink"), processes.fail_together():
-        taken = take_out_zero_units(model, forward, run.progress)
+        taken = take_out_zero_units(model, sample.forward, run.progress)
     size = number_of_parameters(model)
     if not processes.all_agree(processes.broadcast(size, 0) == size):
         raise RuntimeError("The processes took out different hidden units.")
