@@ -101,23 +101,17 @@ def test_an_allocation_sees_the_dense_model_at_every_granularity(model_name, nam
     assert report.sparsity == pytest.approx(0.5, abs=0.01)
 
 
-@pytest.mark.parametrize(
-    "allocation", [PerLayer({"*.mlp": 0.6}), PerLayer({"*.0.*q*": 0.0}), OWL(m=2.0)], ids=str
-)
-@pytest.mark.parametrize("model_name", ["llama", "vit"])
-def test_mixed_n_of_m(model_name, allocation):
-    specimen = ZOO[model_name]
-    model = specimen.build()
-    report = prune(model, specimen.batches(), 0.5, pattern=NM(8, 16), allocation=allocation)
+@pytest.mark.parametrize("allocation", [PerLayer({"*.0.*q*": 0.0}), OWL(m=2.0)], ids=str)
+def test_mixed_n_of_m(allocation):
+    model = LLAMA()
+    pattern = NM(8, 16)
+    report = prune(model, batches_of("llama"), 0.5, pattern=pattern, allocation=allocation)
     sparsities = {layer.name: layer.sparsity for layer in report.layers}
-    kinds = set()
     for layer in find_layers(model).layers:
         (kept,) = (layer.read().reshape(-1, 16) != 0).sum(dim=1).unique().tolist()
-        kinds.add(kept)
         assert sparsities[layer.name] == 1 - kept / 16
-    assert len(kinds) > 1
-    sizes = [layer.size for layer in report.layers]
-    assert abs(report.sparsity - 0.5) * sum(sizes) <= max(sizes) / 16 / 2
+    assert len(set(sparsities.values())) > 1
+    assert report.sparsity == pytest.approx(0.5, abs=0.01)
 
 
 @pytest.mark.parametrize(
