@@ -182,8 +182,7 @@ def _written_units(width: int, layers: Sequence[Layer]) -> Iterator[Slots]:
     writers = [layer for layer in layers if layer.shape[0] == width]
     if writers:
         yield tuple(slot for layer in writers for slot in _rows(layer))
-    if len(writers) > 1:
-        yield from map(_rows, writers)
+    yield from map(_rows, writers)
     for layer in layers:
         if layer.shape[0] == 2 * width:
             yield _rows(layer, copies=2)
