@@ -37,13 +37,6 @@ class _Moments(NamedTuple):
     variance: Tensor
 
 
-class _UsedBatch(NamedTuple):
-    """A batch, of which the first samples are used; the others are held out."""
-
-    batch: Sample
-    used: int  # number of samples
-
-
 class _Predictions(NamedTuple):
     """Predictions of a sample as rows."""
 
@@ -82,14 +75,13 @@ class BatchNormStatistics:
         self._dense_sums = [
             [torch.zeros(3, len(moments.mean), dtype=torch.float64)] for moments in self._original
         ]
-        self._batches: list[_UsedBatch] = []
+        # How many samples of each batch are used, the first ones.
+        self._used: dict[Sample, int] = {}
         # Samples that the correction does not see, and what the dense model predicts for them.
         self._held_out: dict[Sample, _Predictions] = {}
 
     def observe_dense(self) -> None:
         """Run the batches through the dense model."""
-        if not self.layers:
-            return
         with self._processes.fail_together(), note_on_error(lambda: _OPTION, kind=Exception):
             held_out = self._divide(-(-_MAX_SAMPLES // self._processes.world_size))
             self._run(self._add_dense)
@@ -98,13 +90,11 @@ class BatchNormStatistics:
                 if dense:
                     self._held_out[sample] = dense
 
-    def correct(self) -> BatchNormCorrection | None:
-        """Correct the pruned model, unless that makes its predictions worse; None if there are no layers."""
-        if not self.layers:
-            return None
-        used_here = sum(batch.used for batch in self._batches)
-        held_out_here = sum(sample.size for sample in self._held_out)
-        sizes = self._processes.all_gather([used_here, held_out_here])
+    def correct(self) -> BatchNormCorrection:
+        """Correct the pruned model, unless that makes its predictions worse."""
+        held_out = sum(sample.size for sample in self._held_out)
+        sizes = torch.tensor([sum(self._used.values()), held_out])
+        self._processes.all_reduce_sum([sizes])
         with ExitStack() as undo:
             for index, moments in enumerate(self._original):
                 undo.callback(self._set, index, moments)  # also after an error
@@ -116,8 +106,8 @@ class BatchNormStatistics:
                 undo.pop_all()
         return BatchNormCorrection(
             layers=corrected,
-            samples=sum(used for used, _ in sizes),
-            held_out=sum(held_out for _, held_out in sizes),
+            samples=int(sizes[0]),
+            held_out=int(sizes[1]),
             before=before,
             after=after,
             kept=is_kept,
@@ -130,7 +120,7 @@ class BatchNormStatistics:
         for batch in self._samples.first_batches(most):
             following = seen + batch.size
             used = batch.size - (following // HELD_OUT - seen // HELD_OUT)
-            self._batches.append(_UsedBatch(batch, used))
+            self._used[batch] = used
             if used < batch.size:
                 held_out.append(self._samples.subset(batch, used, batch.size))
             seen = following
@@ -179,10 +169,10 @@ class BatchNormStatistics:
             for index, layer in enumerate(self.layers):
                 on_call = partial(hook, index)
                 hooks.enter_context(layer.register_forward_pre_hook(on_call, with_kwargs=True))
-            for batch in self._batches:
-                used = batch.used
-                size = max(1, batch.batch.size)  # a batch may be empty
-                batch.batch.forward()
+            for batch, number in self._used.items():
+                used = number
+                size = max(1, batch.size)  # a batch may be empty
+                batch.forward()
 
     def _mean_distance(self) -> float | None:
         """Return the mean distance of the held-out predictions from the dense ones; None if none are held out."""

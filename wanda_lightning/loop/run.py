@@ -26,14 +26,13 @@ class Clock(dict[str, float]):
     """Seconds by stage."""
 
     @contextmanager
-    def timed(self, stage: str, is_reported: object = True) -> Iterator[None]:
-        """Add the time of this block to a stage of the report; a stage that does nothing is left out."""
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time of this block to a stage of the report."""
         started = time.perf_counter()
         try:
             yield
         finally:
-            if is_reported:
-                self[stage] = self.get(stage, 0.0) + time.perf_counter() - started
+            self[stage] = self.get(stage, 0.0) + time.perf_counter() - started
 
 
 @dataclass(frozen=True)

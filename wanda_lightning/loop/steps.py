@@ -134,18 +134,18 @@ def observe_batch_norm(run: Run) -> BatchNormStatistics:
     """Run samples through the dense model, for BatchNorm layers that are corrected after pruning."""
     norms = [] if run.not_corrected else norms_to_correct(run.plan)
     statistics = BatchNormStatistics(norms, run.samples)
-    with run.clock.timed("normalize", norms), pruning_mode(run.plan.model):
-        statistics.observe_dense()
+    if norms:
+        with run.clock.timed("normalize"), pruning_mode(run.plan.model):
+            statistics.observe_dense()
     return statistics
 
 
 def correct_batch_norm(run: Run, statistics: BatchNormStatistics) -> Run:
     """Correct the BatchNorm layers of the pruned model, and free what it was pruned with."""
     run = replace(run, observation=None)
-    with (
-        run.clock.timed("normalize", statistics.layers),
-        pruning_mode(run.plan.model),
-    ):
+    if not statistics.layers:
+        return run
+    with run.clock.timed("normalize"), pruning_mode(run.plan.model):
         return replace(run, batch_norm=statistics.correct())
 
 
@@ -164,8 +164,8 @@ def allocate(
     if not config.reads_gradients:
         # The sparsities follow from the pass that observes all layers, if there is one.
         run = observe_in_one_pass(run, observer)
-    is_reported = config.allocation.needs or config.reads_gradients
-    with run.clock.timed("allocate", is_reported=is_reported):
+    observes_first = config.allocation.needs or config.reads_gradients
+    with run.clock.timed("allocate" if observes_first else "prune"):
         resumed = _resumed(run, pattern_for)
         if resumed is not None:
             run = resumed
