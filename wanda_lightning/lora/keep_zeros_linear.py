@@ -172,16 +172,13 @@ class KeepZerosLinear(LoraLinear):  # type: ignore[misc]  # PEFT is not followed
         weight = partial(read_weight, base) if self.dequantizes else base.weight
         return _KeptProduct.apply(x, weight, *factors, addend, transposed, only_delta)  # type: ignore[no-untyped-call]
 
-    def unmerged_weight(self) -> Tensor:
-        """Return the weight without adapters, dequantized if the layer is quantized."""
-        if self.weight_before_merge is not None:
-            return self.weight_before_merge
-        return read_weight(self.get_base_layer())
-
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return s (B A) * keep of one adapter, in the layout of the layer."""
         delta = super().get_delta_weight(adapter)
-        return delta.masked_fill_((self.unmerged_weight() == 0).to(delta.device), 0)
+        weight = self.weight_before_merge
+        if weight is None:
+            weight = read_weight(self.get_base_layer())
+        return delta.masked_fill_((weight == 0).to(delta.device), 0)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Replace W with W + s (B A) * keep, as PEFT does, and keep the original weight for `unmerge`."""

@@ -10,7 +10,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 from torch.nn import Module
-from torch.nn.parameter import UninitializedParameter
 
 from wanda_lightning.calibration.error_notes import note_on_error
 from wanda_lightning.calibration.recomputing import recomputing
@@ -274,9 +273,8 @@ def _trainable(dense: DenseModel, head: Module | None) -> list[nn.Parameter]:
     fixed = set() if head is None else set(head.parameters())
     trainable = []
     for parameter in dense.model.parameters():
-        if isinstance(parameter, UninitializedParameter) or parameter in fixed:
-            continue
-        if parameter.requires_grad and (parameter in pruned or parameter.ndim < 2):
+        may_train = parameter in pruned or parameter.ndim < 2
+        if may_train and parameter.requires_grad and parameter not in fixed:
             trainable.append(parameter)
     if not trainable:
         raise UserError(
