@@ -250,30 +250,17 @@ class WithoutSlope(nn.Linear):
         return super().forward(x + (x * 0).sum().abs().sqrt())
 
 
-class Overflowing(nn.Linear):
-    def forward(self, x):
-        return super().forward(x) * 1e30 * 1e30
-
-
-@pytest.mark.parametrize(
-    ("kind", "why"),
-    [
-        (WithoutSlope, "the gradient of step 1 was not finite"),
-        (Overflowing, "the held-out loss of step 1 was not finite"),
-    ],
-)
-def test_the_report_names_a_part_that_was_not_trained(kind, why, caplog):
+def test_the_report_names_a_part_that_was_not_trained(caplog):
     model = blocks(torch.float32)
     batches = some_batches(4, torch.float32)
-    model[1].mlp.append(kind(8, 8))
+    model[1].mlp.append(WithoutSlope(8, 8))
     start, model, report = pruned_with_and_without(
         model, batches, recovery="reconstruct", skip="1.mlp.3"
     )
     assert torch.equal(model[1].mlp[0].weight == 0, start[1].mlp[0].weight == 0)
-    first = report.layers[0]
-    second = report.layers[-1]
-    assert "stopped" not in first.remarks
-    assert f"training stopped: {why}" in second.remarks
+    why = "the gradient of step 1 was not finite"
+    assert "stopped" not in report.layers[0].remarks
+    assert f"training stopped: {why}" in report.layers[-1].remarks
     assert (
         f"the training of 1 part stopped, 1.mlp first: {why}. 1 of them keep the weights"
         in report.notes[-1]
