@@ -70,10 +70,13 @@ class _KeptProduct(torch.autograd.Function):
                 matrix = matrix.t()
             d_in, d_out = matrix.shape
             rows = x.reshape(-1, d_in)
-            shape = (*x.shape[:-1], d_out)
             if addend is None:
-                return torch.mm(rows, matrix).view(shape)
-            return torch.addmm(addend.reshape(-1, d_out), rows, matrix).view(shape)
+                product = torch.mm(rows, matrix)
+            elif ctx.is_bias:
+                product = torch.addmm(addend, rows, matrix)
+            else:
+                product = torch.addmm(addend.reshape(-1, d_out), rows, matrix)
+            return product.view(*x.shape[:-1], d_out)
 
     @staticmethod
     @once_differentiable
