@@ -292,6 +292,7 @@ def continue_gradual_run(folder, is_killed):
     torch.save({**state(module), "best": best.best_model_score}, folder / "final.pt")
 
 
+@pytest.mark.nightly  # three runs in processes of their own, as in test_state.py
 @forks.IN_ONE_WORKER
 def test_a_gradual_run_that_is_killed_before_the_last_stage_resumes_from_last(tmp_path):
     first_step, whole, resumed = killed_and_resumed(tmp_path, continue_gradual_run)
