@@ -9,6 +9,9 @@ NSAMPLES ?= 32
 SEQLEN ?= 512
 LIMIT ?= 32
 
+# One process a core. A process that crashes ends the run: xdist would start another and then wait for ever.
+PARALLEL := -n auto --dist loadgroup --max-worker-restart 0
+
 # A script of your own in the clone is not checked. Without git, this is empty, and ruff checks the whole folder.
 TRACKED := $(wildcard $(shell git ls-files '*.py' '*.ipynb' '*.md' 2>/dev/null))
 
@@ -31,15 +34,15 @@ types: .venv/test
 	$(BIN)/mypy
 
 units: .venv/test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -rs -n auto --dist loadgroup  # one process a core: more threads only wait for each other
+	OMP_NUM_THREADS=1 $(BIN)/pytest -rs $(PARALLEL)  # more threads only wait for each other
 
 # Also every family of models, and every combination of choices where `make test` takes pairs.
 test-all: .venv/test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -rs -n auto --dist loadgroup -m ""
+	OMP_NUM_THREADS=1 $(BIN)/pytest -rs $(PARALLEL) -m ""
 
 # With the oldest release of every library that pyproject.toml allows, whose warnings are not ours to mend.
 test-oldest: .venv-oldest/bin/pytest
-	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest -n auto --dist loadgroup -W default
+	OMP_NUM_THREADS=1 .venv-oldest/bin/pytest $(PARALLEL) -W default
 
 .venv-oldest/bin/pytest: pyproject.toml
 	$(PYTHON) -m venv .venv-oldest

@@ -14,5 +14,5 @@ def test_equal_on_another_device(pytestconfig):
     # A fork has imported the plugins of pytest already.
     options = ["-p", "no:cacheprovider", "--tb=short", "-Wignore:Module already imported"]
     options += [f"-W{warning}" for warning in pytestconfig.option.pythonwarnings or ()]
-    done = forks.run(forks.run_tests, DEVICE.parents[1], *options, *files, timeout=3600)
+    done = forks.run(forks.run_tests, DEVICE.parents[1], *options, *files, timeout=600)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]

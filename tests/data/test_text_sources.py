@@ -113,29 +113,12 @@ def test_a_list_holds_documents_of_any_size(tokenizer, document, others):
     assert SentenceDataModule(None, documents).calibration_sentences
 
 
-@pytest.mark.parametrize("documents", [['[{"' * 600], ['[{"'] * 600])
-def test_brackets_in_a_text_are_not_nesting(tmp_path, tokenizer, documents):
-    write_jsonl(tmp_path / "a.jsonl", documents)
-    data = TextDataModule(tokenizer, evaluation=str(tmp_path / "a.jsonl"), seqlen=70)
-    assert data.evaluation_windows[0].tolist() == tokenizer("\n\n".join(documents)).input_ids[:70]
-
-
 @pytest.mark.parametrize(
     ("name", "content", "cause"),
     [
         ("a.txt", "caf\u00e9".encode("latin-1"), "can't decode byte 0xe9 in position 3"),
         ("a.jsonl", b'{"text": "a"}\n{"text": ', "JSON parse error"),
         ("a.jsonl", b"", "the file is empty"),
-        (
-            "a.jsonl",
-            b'{"text": "a"}\n{"a": ' + b"[" * 20_000 + b"]" * 20_000 + b"}",
-            "line 2 is nested more than 1,000 ",
-        ),
-        (
-            "a.jsonl",
-            b'{"a":\n' + b"[\n" * 20_000 + b"]\n" * 20_000 + b"}",
-            "line 1001 is nested more than 1,000 ",
-        ),
         ("a.parquet", b"PAR? no", "Parquet file size is 7 bytes"),
     ],
 )

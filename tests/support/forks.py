@@ -36,8 +36,11 @@ def run(function, *arguments, timeout=120):
         process = FORKS.Process(target=_call, args=(function, arguments, folder), daemon=True)
         process.start()
         process.join(timeout)
-        assert not process.is_alive(), f"{function} did not end in {timeout} s"
+        ended = not process.is_alive()
+        process.kill()
+        process.join()
         output, errors = (Path(folder, name).read_text() for name in ("1", "2"))
+        assert ended, f"{function} did not end in {timeout} s: {output[-5000:]} {errors[-5000:]}"
         return CompletedProcess([], process.exitcode, output, errors)
 
 

@@ -13,27 +13,57 @@ class Pair:
     """Two processes of one process group, which start with the first call."""
 
     def __init__(self):
-        self._pools = []
+        self._processes = []
+        self._connections = []
 
     def run(self, function, *args, **kwargs):
         """Call `function(rank, *args, **kwargs)` in both, and return both results or raise what went wrong."""
-        if not self._pools:
-            meeting = f"{tempfile.mkdtemp()}/meeting"
-            self._pools = [FORKS.Pool(1, _join, (rank, meeting)) for rank in range(SIZE)]
-        calls = [
-            pool.apply_async(function, (rank, *args), kwargs)
-            for rank, pool in enumerate(self._pools)
-        ]
+        if not self._processes:
+            self._start()
         try:
-            return [call.get(PATIENCE) for call in calls]
+            for connection in self._connections:
+                connection.send((function, args, kwargs))
+            results = [self._receive(connection) for connection in self._connections]
         except BaseException:
             self.end()  # the process group may be in the middle of something
             raise
+        return results
 
     def end(self):
-        for pool in self._pools:
-            pool.terminate()
-        self._pools = []
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+        self.__init__()
+
+    def _start(self):
+        meeting = f"{tempfile.mkdtemp()}/meeting"
+        for rank in range(SIZE):
+            ours, theirs = FORKS.Pipe()
+            process = FORKS.Process(target=_serve, args=(rank, meeting, theirs), daemon=True)
+            process.start()
+            theirs.close()  # that a process has ended is seen at the end of its connection
+            self._processes.append(process)
+            self._connections.append(ours)
+
+    def _receive(self, connection):
+        if not connection.poll(PATIENCE):
+            raise TimeoutError(f"no result after {PATIENCE:g} s")
+        result, error = connection.recv()
+        if error is not None:
+            raise error
+        return result
+
+
+def _serve(rank, meeting, connection):
+    _join(rank, meeting)
+    while True:
+        function, args, kwargs = connection.recv()
+        try:
+            answer = (function(rank, *args, **kwargs), None)
+        except Exception as error:
+            answer = (None, error)
+        connection.send(answer)
 
 
 def _join(rank, meeting):
