@@ -167,10 +167,16 @@ def test_typed_choices_are_the_arguments():
         lambda **choices: wl.prune_from_disk("model", "out", [], **choices),
     ],
 )
-@pytest.mark.parametrize("near", ["pattern", "sparsity"])
-def test_an_unknown_choice_is_named(start, near):
-    wrong = {"pattern": "patern", "sparsity": "sparcity"}[near]
-    with refuses(rf"^{wrong} is no choice of pruning\. Did you mean {near}\?$"):
+@pytest.mark.parametrize(
+    ("wrong", "advice"),
+    [
+        ("patern", r"Did you mean pattern\?"),
+        ("sparcity", r"Did you mean sparsity\?"),
+        ("report", r"Call report\.save.* or callback\.report\.save.*"),
+    ],
+)
+def test_an_unknown_choice_is_named(start, wrong, advice):
+    with refuses(rf"^{wrong} is no choice of pruning\. {advice}$"):
         start(**{wrong: 0.5})
 
 

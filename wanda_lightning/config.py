@@ -275,6 +275,8 @@ def config_of(
     known = PruningChoices.__annotations__
     for name in choices.keys() - known.keys():
         near = did_you_mean(name, [*known, *inspect.signature(function).parameters])
+        if name == "report":
+            near = " Call report.save(PATH) on the report that prune returns, or callback.report.save(PATH)."
         raise UserError(f"{name} is no choice of pruning.{near}")
     # A YAML file gives every choice its default.
     arguments = inspect.signature(PruningConfig).parameters
